@@ -1,0 +1,28 @@
+"""The command line: click only, thin over the library, and quick to print its help.
+
+Heavy packages (torch, transformers, pyarrow) are imported inside the commands that use them.
+"""
+
+import click
+
+from prift import __version__
+
+from .precompute import precompute
+from .train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="prift")
+def main() -> None:
+    """Fine-tune with token weights from the pretrained model, computed once and cached.
+
+    \b
+    prift precompute   runs the pretrained model once over the data and stores, per token,
+                       what it thought: statistics, not weights
+    prift train        trains with any rule that turns those statistics into weights;
+                       no reference model is loaded
+    """
+
+
+main.add_command(precompute)
+main.add_command(train)

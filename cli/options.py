@@ -1,0 +1,110 @@
+"""Options that both commands share: the data, and how its text becomes tokens."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from prift.dataspec import DataSpec
+
+_OPTIONS = [
+    click.option(
+        "--data",
+        multiple=True,
+        required=True,
+        metavar="PATH|HUB",
+        help="JSON, JSONL or Parquet file, a folder of them, or a hub dataset. Repeatable.",
+    ),
+    click.option(
+        "--data-weight",
+        multiple=True,
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="W",
+        help="How often each --data counts per epoch, one per --data, in order: 2 is twice, 0.5 "
+        "a fixed random half.  [default: 1]",
+    ),
+    click.option("--split", help="Split of a hub dataset, or of a folder (files named S.*, S-*)."),
+    click.option(
+        "--format",
+        default="auto",
+        show_default=True,
+        help="Format of the rows (docs/formats.md); auto takes the one whose columns fit.",
+    ),
+    click.option(
+        "--template",
+        type=click.Choice(["chat", "plain"]),
+        help="Render through the chat template, or join prompt and response as they are.  "
+        "[default: chat for messages and ShareGPT, else plain]",
+    ),
+    click.option(
+        "--chat-template",
+        type=click.Path(exists=True, dir_okay=False),
+        metavar="FILE",
+        help="Jinja chat template to use instead of the tokenizer's own.",
+    ),
+    click.option("--tokenizer", metavar="T", help="Tokenizer folder or name.  [default: --model]"),
+    click.option("--system", metavar="TEXT", help="System message for chats that have none."),
+    click.option(
+        "--max-length",
+        type=click.IntRange(min=2),
+        metavar="N",
+        help="Cut sequences to N tokens at the right; without it one over the model's context "
+        "is an error.",
+    ),
+    click.option(
+        "--on-empty",
+        type=click.Choice(["drop", "error"]),
+        default="drop",
+        show_default=True,
+        help="What to do with an example that --max-length leaves without a label token.",
+    ),
+    click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Take the first N rows of each --data only.",
+    ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run Python code that a model or tokenizer folder brings along.",
+    ),
+]
+
+dtype_choice = click.Choice(["auto", "float32", "bfloat16", "float16"])
+
+attention = click.option(
+    "--attention",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Attention implementation of transformers; auto is sdpa, or eager for architectures "
+    "whose soft-capping the others ignore.",
+)
+
+
+def data_options(function: Callable) -> Callable:
+    """Adds the shared data options to a command."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def data_spec(options: dict[str, Any]) -> "DataSpec":
+    """The DataSpec that these options describe; takes them out of `options`."""
+    from prift.dataspec import DataSpec
+    from prift.examples import TextOptions
+
+    text = {
+        name: options.pop(name)
+        for name in ("split", "format", "template", "system", "max_length", "on_empty", "limit")
+    }
+    return DataSpec(
+        data=options.pop("data"),
+        weights=options.pop("data_weight"),
+        tokenizer=options.pop("tokenizer"),
+        chat_template=options.pop("chat_template"),
+        text=TextOptions(**text),
+        trust_remote_code=options["trust_remote_code"],
+    )

@@ -1,0 +1,87 @@
+"""`prift precompute`."""
+
+from typing import Any
+
+import click
+
+from .command import Command, common, quiet, say
+from .options import attention, data_options, data_spec, dtype_choice
+
+
+@click.command(cls=Command)
+@click.option("--model", required=True, metavar="M", help="The prior: model folder or hub name.")
+@data_options
+@click.option(
+    "--cache",
+    default="~/.cache/prift",
+    show_default=True,
+    metavar="DIR",
+    help="Folder of the cache; made where it is absent.",
+)
+@click.option(
+    "--positions",
+    type=click.Choice(["labels", "all"]),
+    default="labels",
+    show_default=True,
+    help="Score label tokens only, or every token but the first.",
+)
+@click.option(
+    "--dtype",
+    type=dtype_choice,
+    default="auto",
+    show_default=True,
+    help="Of the prior's weights and activations; auto is the checkpoint's.",
+)
+@click.option(
+    "--logits-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="bfloat16 rounds the logits as the PriFT authors' code does: for comparisons only.",
+)
+@attention
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Padded tokens in a batch.  [default: 4096 on a CPU, 32768 on a GPU]",
+)
+@click.option(
+    "--part-seconds",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="How often scored rows become visible; a kill loses no more than this.",
+)
+@click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
+@common
+@click.pass_context
+def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
+    """Run the pretrained model once over the data and store what it thought of every token.
+
+    Scores only what the cache lacks: run it again to continue, or after adding data.
+
+    \b
+    Example:
+      prift precompute --model Qwen/Qwen2.5-1.5B --data train.jsonl --cache prior-cache
+    """
+    import json
+    from dataclasses import asdict
+
+    from prift.precompute import PrecomputeOptions
+    from prift.precompute import precompute as run
+
+    quiet()
+    spec = data_spec(options)
+    model, cache = options.pop("model"), options.pop("cache")
+    del options["config"], options["debug"]
+    result = run(model, spec, cache, PrecomputeOptions(**options), say)
+    if json_output:
+        click.echo(json.dumps(asdict(result)))
+        return
+    rate = result.scored_tokens / max(result.seconds, 1e-9)
+    click.echo(
+        f"{result.scored:,} sequences scored ({result.scored_tokens:,} tokens, "
+        f"{result.seconds:.1f} s, {rate:,.0f} tok/s)\ncache: {result.folder}"
+    )

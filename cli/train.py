@@ -1,0 +1,137 @@
+"""`prift train`."""
+
+from typing import Any
+
+import click
+
+from .command import TRAINING, Command, common, key_values, quiet, resolved, say
+from .options import attention, data_options, data_spec, dtype_choice
+
+
+class TrainCommand(Command):
+    """Its config file may also hold TrainingArguments."""
+
+    config_keys = (TRAINING,)
+
+
+@click.command(cls=TrainCommand)
+@click.option("--model", required=True, metavar="M", help="Model to train: folder or hub name.")
+@data_options
+@click.option("--eval-data", multiple=True, metavar="PATH|HUB", help="Held-out data. Repeatable.")
+@click.option("--cache", metavar="DIR", help="The cache that prift precompute wrote.")
+@click.option("--output", required=True, metavar="DIR", help="Where the trained model goes.")
+@click.option(
+    "--method",
+    type=click.Choice(["sft", "dft", "prift-prob", "prift-mass"]),
+    help="A rule and its source by the name papers use.",
+)
+@click.option("--rule", metavar="R", help="Weighting rule (docs/methods.md): uniform, prob, mass.")
+@click.option(
+    "--source",
+    type=click.Choice(["prior", "online"]),
+    help="Whose statistics the rule sees: the frozen prior's, or the model's in training.",
+)
+@click.option(
+    "--rule-arg", multiple=True, metavar="K=V", help="Option of the rule, as threshold=0.5."
+)
+@click.option(
+    "--ties",
+    type=click.Choice(["paper", "official-code"]),
+    help="How mass counts tokens exactly as likely as the target.  [default: paper]",
+)
+@click.option(
+    "--prior",
+    metavar="MODEL|ID",
+    help="Which prior of the cache to read.  [default: the only one of --model]",
+)
+@click.option(
+    "--dtype",
+    type=dtype_choice,
+    default="float32",
+    show_default=True,
+    help="Of the master weights; for mixed precision keep float32 and add -- --bf16.",
+)
+@attention
+@click.option("--lora-r", type=click.IntRange(min=1), metavar="N", help="Train a LoRA of rank N.")
+@click.option("--lora-alpha", type=float, metavar="A", help="LoRA scale.  [default: 2 N]")
+@click.option("--lora-dropout", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option(
+    "--lora-target",
+    default="all-linear",
+    show_default=True,
+    metavar="NAMES",
+    help="Modules to adapt, comma-separated.",
+)
+@click.option("--merge", is_flag=True, help="Write a whole model with the adapter merged in.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
+@click.option(
+    "--full-metrics-steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Measure nll and drift over all label tokens every N steps.  [default: logging_steps]",
+)
+@click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
+@common
+@click.argument("training_flags", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def train(
+    ctx: click.Context,
+    json_output: bool,
+    method: str | None,
+    rule: str | None,
+    source: str | None,
+    rule_arg: tuple[str, ...],
+    ties: str | None,
+    training_flags: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Fine-tune a model with token weights; no reference model is loaded.
+
+    Everything after -- is a flag of transformers.TrainingArguments. A weighted loss reads 10 to
+    20 times smaller than plain SFT's: compare runs by nll and drift.
+
+    \b
+    Example:
+      prift train --model Qwen/Qwen2.5-1.5B --data train.jsonl --cache prior-cache \\
+        --method prift-mass --output out -- --bf16 --learning_rate 5e-5 --num_train_epochs 1
+    """
+    import json
+    from dataclasses import asdict
+
+    from prift.arguments import training_arguments
+    from prift.errors import OptionError
+    from prift.rules import METHODS, weigher
+    from prift.train import TrainOptions
+    from prift.train import train as run
+
+    if (method is None) == (rule is None) or (method and source):
+        raise OptionError("choose one of --method NAME, or --rule NAME with --source prior|online.")
+    if method:
+        rule, source = METHODS[method]
+    arguments = key_values(rule_arg, "--rule-arg") | ({"ties": ties} if ties else {})
+    chosen = weigher(rule, source, arguments)
+    if options["merge"] and not options["lora_r"]:
+        raise OptionError("--merge merges an adapter: it needs --lora-r.")
+    quiet()
+    kept = resolved(ctx)
+    spec = data_spec(options)
+    del options["config"], options["debug"]
+    settings, given = training_arguments(
+        options["output"], ctx.obj or {}, training_flags, bool(options["eval_data"])
+    )
+    result = run(
+        TrainOptions(spec=spec, weigher=chosen, **options), settings, kept | {TRAINING: given}, say
+    )
+    if json_output:
+        click.echo(json.dumps(asdict(result)))
+        return
+    shown = {
+        k: v
+        for k, v in result.metrics.items()
+        if k in ("nll", "drift", "mean_weight", "zero_share", "eval_nll")
+    }
+    click.echo(
+        f"{result.steps:,} steps in {result.seconds:.1f} s: "
+        + ", ".join(f"{k} {v:.4f}" for k, v in shown.items())
+        + f"\nmodel: {result.output}"
+    )

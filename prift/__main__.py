@@ -1,0 +1,5 @@
+"""`python -m prift` is `prift`."""
+
+from prift_cli import main
+
+main()

@@ -1,0 +1,37 @@
+"""Who runs the prior. A backend is one module here with a class that keeps the Scorer protocol.
+
+A scorer knows token ids and nothing else: no text, no dataset, no labels, no cache.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from prift.identity import PriorIdentity
+from prift.stats import TokenStats
+
+
+class BadLogits(Exception):
+    """The model answered `position` of sequence `index` with something that is no distribution."""
+
+    def __init__(self, index: int, position: int):
+        super().__init__(f"sequence {index}, position {position}")
+        self.index, self.position = index, position
+
+
+class Scorer(Protocol):
+    """Runs one frozen prior over token sequences."""
+
+    identity: PriorIdentity
+    device_name: str
+
+    def score(
+        self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray]
+    ) -> Iterator[tuple[int, TokenStats]]:
+        """Statistics at `positions` (int64, sorted, >= 1) of each sequence (int32 ids).
+
+        Yields (index, stats [len(positions[index])] on the CPU) in whatever order is fastest.
+        Raises BadLogits where the model answers with NaN, +inf, or all -inf.
+        """
+        ...

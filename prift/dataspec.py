@@ -1,0 +1,70 @@
+"""The data options that both commands share: what they load, and the command that scores it."""
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prift.examples import Examples, TextOptions, load_examples
+from prift.models import context_length
+from prift.tokenizers import load_tokenizer
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Datasets and how their text becomes tokens.
+
+    data           paths or hub names, one per --data
+    weights        how often each counts per epoch; empty = once each
+    tokenizer      name or folder; None = the model's own
+    chat_template  a Jinja file that replaces the tokenizer's template
+    text           everything else: see TextOptions
+    """
+
+    data: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    text: TextOptions = field(default_factory=TextOptions)
+    trust_remote_code: bool = False
+
+    def load(self, model_folder: Path, config: Any) -> tuple[Examples, Any]:
+        """(examples, tokenizer). Raises DataError, OptionError."""
+        tokenizer = load_tokenizer(
+            self.tokenizer or str(model_folder), self.chat_template, self.trust_remote_code
+        )
+        examples = load_examples(
+            self.data,
+            tokenizer,
+            self.text,
+            context=context_length(config),
+            data_weights=self.weights or None,
+        )
+        return examples, tokenizer
+
+    def precompute_command(self, model: str, cache: str) -> str:
+        """The command that puts these examples' statistics into the cache."""
+        words = ["prift", "precompute", "--model", model]
+        for i, name in enumerate(self.data):
+            words += ["--data", name]
+            if self.weights:
+                words += ["--data-weight", f"{self.weights[i]:g}"]
+        words += ["--cache", cache]
+        default = TextOptions()
+        options = {
+            "--tokenizer": self.tokenizer,
+            "--chat-template": self.chat_template,
+            "--split": self.text.split,
+            "--format": None if self.text.format == default.format else self.text.format,
+            "--template": self.text.template,
+            "--system": self.text.system,
+            "--max-length": self.text.max_length,
+            "--limit": self.text.limit,
+            "--on-empty": None if self.text.on_empty == default.on_empty else self.text.on_empty,
+        }
+        for flag, value in options.items():
+            if value is not None:
+                words += [flag, str(value)]
+        if self.trust_remote_code:
+            words.append("--trust-remote-code")
+        return shlex.join(words)

@@ -1,0 +1,145 @@
+"""Examples: THE only tokenising path, so that both commands see the same ids.
+
+`load_examples` reads every row (loader.py), refuses what cannot be trained on, and repeats or
+thins out each dataset by its weight.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prift.errors import DataError, OptionError
+from prift.loader import Loader, Store, TextOptions
+from prift.progress import progress
+from prift.report import Report
+
+__all__ = ["Example", "Examples", "Report", "TextOptions", "load_examples"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Ids, and which of them are trained; both read-only views.
+
+    input_ids   int32 [T]
+    label_mask  bool [T]; entry 0 is always False, since position 0 has no statistics
+    """
+
+    input_ids: np.ndarray
+    label_mask: np.ndarray
+
+
+class Examples(Sequence[Example]):
+    """Examples in flat arrays: 5 bytes a token, about 30 an example, however they are repeated.
+
+    lengths     int64 [N]: tokens of each example
+    num_tokens  of one epoch; num_labels likewise
+    report      what loading did
+    """
+
+    def __init__(self, store: Store, order: np.ndarray, report: Report) -> None:
+        self._ids = np.frombuffer(store.ids, np.int32)
+        self._mask = np.frombuffer(store.mask, bool)
+        self._offsets = np.frombuffer(store.offsets, np.int64)
+        self._ids.flags.writeable = self._mask.flags.writeable = False  # examples are views
+        self._store = store
+        self._order = order
+        self.report = report
+        self.lengths = np.diff(self._offsets)[order]
+        self.num_tokens = int(self.lengths.sum())
+        labels = np.add.reduceat(self._mask, self._offsets[:-1], dtype=np.int64)
+        self.num_labels = int(labels[order].sum())
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = self._order[index]
+        begin, end = self._offsets[at], self._offsets[at + 1]
+        return Example(self._ids[begin:end], self._mask[begin:end])
+
+    def where(self, index: int) -> str:
+        """File and line (or row number), counted from 1: "gsm8k_train.jsonl:17"."""
+        return self._store.where(self._order[index])
+
+    def max_id(self) -> int:
+        """The largest token id, for asking whether a model's vocabulary has it."""
+        return int(self._ids.max())
+
+
+def load_examples(
+    data: Sequence[str],
+    tokenizer,
+    options: TextOptions,
+    *,
+    context: int | None,
+    data_weights: Sequence[float] | None = None,
+) -> Examples:
+    """Every row of every `data` as examples, in order; same input, same examples.
+
+    context       longest sequence that the model takes; None where it has no limit
+    data_weights  one per data: how often its examples count in an epoch. 2: twice; 0.5: a random
+                  half, drawn with options.seed; 1.5: once, and a random half again
+
+    Raises OptionError for options that contradict each other, DataError for a row that cannot be
+    an example (by file and line), for sequences over the context and for no examples at all.
+    """
+    weights = list(data_weights) if data_weights is not None else [1.0] * len(data)
+    _check(data, options, context, weights)
+    loader = Loader(tokenizer, options, context)
+    parts = []
+    with progress("tokenising", total=None, unit="rows") as advance:
+        for number, (one, weight) in enumerate(zip(data, weights, strict=True)):
+            begin = len(loader.store)
+            loader.load(one, advance)
+            parts.append(_weighted(begin, len(loader.store), weight, [options.seed, number]))
+    loader.refuse_unfit()
+    order = np.concatenate(parts)
+    if len(order) == 0:
+        raise DataError(
+            f"no examples in {', '.join(data)}: the data weights leave none, or all were dropped"
+        )
+    examples = Examples(loader.store, order, loader.report)
+    report = loader.report
+    report.examples, report.tokens = len(examples), examples.num_tokens
+    report.labels = examples.num_labels
+    return examples
+
+
+def _check(
+    data: Sequence[str], options: TextOptions, context: int | None, weights: list[float]
+) -> None:
+    if not data:
+        raise OptionError("no data: name a file, a folder or a hub dataset with --data")
+    if len(weights) != len(data):
+        raise OptionError(
+            f"{len(weights)} --data-weight for {len(data)} --data: give one for each, or none"
+        )
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise OptionError(f"--data-weight {weight} should be a number above 0")
+    if options.template not in (None, "chat", "plain"):
+        raise OptionError(f"--template {options.template!r}: there are chat and plain")
+    if options.on_empty not in ("drop", "error"):
+        raise OptionError(f"--on-empty {options.on_empty!r}: there are drop and error")
+    bounds = [("max-length", options.max_length, 2), ("limit", options.limit, 1)]
+    for name, value, least in [*bounds, ("seed", options.seed, 0)]:
+        if value is not None and value < least:
+            raise OptionError(f"--{name} {value} should be {least} or more")
+    if context is not None and (options.max_length or 0) > context:
+        raise OptionError(
+            f"--max-length {options.max_length} is over the model's context of {context} tokens: "
+            f"use --max-length {context} or less"
+        )
+
+
+def _weighted(begin: int, end: int, weight: float, seed: list[int]) -> np.ndarray:
+    """int64: examples begin..end floor(weight) times, then a random share of them for the rest."""
+    everything = np.arange(begin, end, dtype=np.int64)
+    share = int((weight - math.floor(weight)) * len(everything) + 0.5)
+    # RandomState, because its stream is the same in every version of numpy.
+    some = np.random.RandomState(seed).permutation(len(everything))[:share]
+    return np.concatenate([everything] * math.floor(weight) + [everything[np.sort(some)]])

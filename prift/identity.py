@@ -1,0 +1,139 @@
+"""Which prior wrote a cache: the fields that change the numbers, and nothing else.
+
+Files are hashed once and remembered by path, size, modification time and inode. Knows model
+folders and JSON; knows no tensors.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from prift.errors import CacheError
+
+# Fields of a config that say where it came from or how it is run, not what it computes.
+_NOT_NUMBERS = frozenset(
+    "_name_or_path _commit_hash _attn_implementation_autoset transformers_version dtype "
+    "torch_dtype use_cache cache_implementation".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PriorIdentity:
+    """What changes a prior's numbers. Two caches with equal identities may be joined.
+
+    weights        sha256 over the sorted lines "<file name> <sha256 of the file>"
+    config         sha256 of the loaded config's canonical JSON without the fields that only say
+                   where it came from or how it is run
+    adapter        likewise for an adapter, or None
+    dtype          of weights and activations: 'float32', 'bfloat16', 'float16'
+    logits_dtype   'float32', or 'bfloat16' for the rounding of the PriFT authors' code
+    attention      implementation: 'sdpa', 'eager', ...
+    quantization   canonical JSON of the quantization config, or None
+    backend        'hf' or 'vllm'
+    stats_version  prift.stats.STATS_VERSION
+    """
+
+    weights: str
+    config: str
+    adapter: str | None
+    dtype: str
+    logits_dtype: str
+    attention: str
+    quantization: str | None
+    backend: str
+    stats_version: int
+
+    def json(self) -> str:
+        """Canonical JSON: the bytes of prior.json."""
+        return canonical_json(asdict(self))
+
+    @property
+    def id(self) -> str:
+        """First 16 hex digits of the sha256 of the canonical JSON; names the cache's folder."""
+        return hashlib.sha256(self.json().encode()).hexdigest()[:16]
+
+    @staticmethod
+    def parse(text: str, where: str) -> "PriorIdentity":
+        """Identity from the text of a prior.json. Raises CacheError naming `where`."""
+        try:
+            return PriorIdentity(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise CacheError(f"{where} is not a prior's identity: {error}") from error
+
+    def differences(self, other: "PriorIdentity") -> dict[str, tuple[Any, Any]]:
+        """Fields in which the two differ, with both values."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def weights_digest(files: list[Path]) -> str:
+    """sha256 over the sorted lines "<file name> <sha256 of the file>"."""
+    lines = sorted(f"{f.name} {file_digest(f)}" for f in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def config_digest(config: Any) -> str:
+    """sha256 of a transformers config, less the fields that do not change the numbers."""
+    plain = json.loads(json.dumps(config.to_dict(), default=str))
+    return hashlib.sha256(canonical_json(_numbers_only(plain)).encode()).hexdigest()
+
+
+def quantization_of(config: Any) -> str | None:
+    """Canonical JSON of the config's quantization, or None."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    if hasattr(quantization, "to_dict"):
+        quantization = quantization.to_dict()
+    return canonical_json(json.loads(json.dumps(quantization, default=str)))
+
+
+def _numbers_only(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _numbers_only(v) for k, v in value.items() if k not in _NOT_NUMBERS}
+    if isinstance(value, list):
+        return [_numbers_only(v) for v in value]
+    return value
+
+
+def cache_home() -> Path:
+    """Where prift keeps things by default: $XDG_CACHE_HOME/prift or ~/.cache/prift."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prift"
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hex; remembered until its size, modification time or inode change."""
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+    memory = cache_home() / "file-hashes.json"
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    entry = known.get(str(path.resolve())) if isinstance(known, dict) else None
+    if isinstance(entry, list) and entry[:3] == stamp:
+        return entry[3]
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _remember(memory, str(path.resolve()), [*stamp, digest])
+    return digest
+
+
+def _remember(memory: Path, key: str, entry: list) -> None:
+    """Adds one entry to the memory of hashes. It saves time only, so failing to is no error."""
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(memory.read_text()) if memory.exists() else {}
+        beside = memory.with_name(f".{memory.name}.{os.getpid()}")
+        beside.write_text(json.dumps({**known, key: entry}))
+        os.replace(beside, memory)
+    except (OSError, ValueError, TypeError):
+        pass

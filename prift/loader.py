@@ -1,0 +1,210 @@
+"""Rows -> token sequences in flat arrays; the steps that every `--data` goes through.
+
+1. read rows (rows.py)                  3. row -> text -> ids, in batches (encode.py, chat.py)
+2. choose the format by the first row   4. cut at max_length; drop, count or refuse what is unfit
+"""
+
+import itertools
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prift.chat import Template, render_chat, with_system
+from prift.encode import Encoded, encode_plain, encode_renderings, encode_tokens
+from prift.errors import DataError, OptionError
+from prift.formats import Chat, Format, Item, Plain, Tokens, choose_format, read_row
+from prift.report import Report, some
+from prift.rows import Row, read_rows
+from prift.tokenizers import Codec
+
+_BATCH = 512  # rows tokenised at once: enough to fill the cores, little enough to keep memory flat
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What decides the text, beside data and tokenizer; the options of both commands.
+
+    format      a name in FORMATS, or "auto"
+    template    "chat", "plain", or None: as the format has it
+    system      system message for conversations without one
+    max_length  longest sequence in tokens; longer ones are cut at the right
+    on_empty    what happens to an example that the cut leaves without a label: "drop" or "error"
+    split       split of a folder or hub dataset
+    limit       first rows of each --data
+    seed        of the random part that a fractional data weight takes
+    """
+
+    format: str = "auto"
+    template: str | None = None
+    system: str | None = None
+    max_length: int | None = None
+    on_empty: str = "drop"
+    split: str | None = None
+    limit: int | None = None
+    seed: int = 0
+
+
+class Store:
+    """Growing flat arrays: examples before data weights, in the order of reading."""
+
+    def __init__(self) -> None:
+        self.ids, self.mask, self.offsets = array("i"), bytearray(), array("q", [0])
+        self.files: list[str] = []
+        self.file, self.line = array("i"), array("q")
+
+    def __len__(self) -> int:
+        return len(self.line)
+
+    def add(self, encoded: Encoded, row: Row) -> None:
+        self.ids.frombytes(encoded.input_ids.tobytes())
+        self.mask += encoded.label_mask.tobytes()
+        self.offsets.append(len(self.ids))
+        if not self.files or self.files[-1] != row.file:
+            self.files.append(row.file)
+        self.file.append(len(self.files) - 1)
+        self.line.append(row.line)
+
+    def where(self, at: int) -> str:
+        return f"{self.files[self.file[at]]}:{self.line[at]}"
+
+
+class Loader:
+    """Reads one `--data` after the other into `store`, and counts into `report`."""
+
+    def __init__(self, tokenizer, options: TextOptions, context: int | None) -> None:
+        self.store = Store()
+        self.report = Report()
+        self._tokenizer = tokenizer
+        self._codec = Codec(tokenizer)
+        self._options = options
+        self._context = context
+        self._template: Template | None = None
+        self._unlabelled: list[str] = []
+        self._too_long: list[str] = []
+        self._longest = 0
+        self.report.no_eos = self._codec.eos is None
+
+    def load(self, data: str, advance: Callable[[int], None]) -> None:
+        """All rows of one dataset. Raises DataError or OptionError for the first that is unfit."""
+        rows = itertools.islice(read_rows(data, self._options.split), self._options.limit)
+        first = next(rows, None)
+        if first is None:
+            raise DataError(f"--data {data} holds no rows")
+        chosen = self._choose(first)
+        rows = itertools.chain([first], rows)
+        while batch := list(itertools.islice(rows, _BATCH)):
+            items = [self._item(chosen, row) for row in batch]
+            for row, sequences in zip(batch, self._encode(batch, items), strict=True):
+                for encoded in sequences:
+                    self._keep(encoded, row)
+            self.report.rows += len(batch)
+            advance(len(batch))
+        templated = "chat template" if isinstance(items[0], Chat) else "plain"
+        self.report.formats[data] = (
+            chosen.name if isinstance(items[0], Tokens) else f"{chosen.name}, {templated}"
+        )
+
+    def _choose(self, first: Row) -> Format:
+        try:
+            return choose_format(self._options.format, first.data)
+        except DataError as error:
+            raise DataError(f"{first.where}: {error}") from error
+
+    def _item(self, chosen: Format, row: Row) -> Item:
+        try:
+            return self._templated(read_row(chosen, row.data), chosen.name)
+        except (DataError, OptionError) as error:
+            raise type(error)(f"{row.where}: {error}") from error
+
+    def _templated(self, item: Item, name: str) -> Item:
+        """The item as --template and --system want it."""
+        template, system = self._options.template, self._options.system
+        if template == "chat" and isinstance(item, Plain) and item.user is not None:
+            turns = [("user", item.user), ("assistant", item.response)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            item = Chat(messages, [False, True])
+        kind = "chat" if isinstance(item, Chat) else "plain"
+        if template is not None and (template != kind or isinstance(item, Tokens)):
+            raise OptionError(f"--template {template} cannot be had for the format {name}")
+        if isinstance(item, Chat):
+            return with_system(item, system)
+        if system is not None:
+            raise OptionError(
+                f"--system needs a chat template, but the format {name} is encoded without one: "
+                "add --template chat, or put the system text into the prompts"
+            )
+        return item
+
+    def _encode(self, rows: list[Row], items: list[Item]) -> list[list[Encoded]]:
+        """The sequences of each item: one, or several for a conversation that had to be split."""
+        plain = [item for item in items if isinstance(item, Plain)]
+        encoded_plain = iter(encode_plain(plain, self._codec) if plain else [])
+        rendered = [
+            self._render(row, item) if isinstance(item, Chat) else []
+            for row, item in zip(rows, items, strict=True)
+        ]
+        texts = list(itertools.chain.from_iterable(rendered))
+        encoded_chat = iter(encode_renderings(texts, self._codec) if texts else [])
+        sequences = []
+        for item, renderings in zip(items, rendered, strict=True):
+            if isinstance(item, Plain):
+                sequences.append([next(encoded_plain)])
+            elif isinstance(item, Tokens):
+                sequences.append([encode_tokens(item)])
+            else:
+                sequences.append([next(encoded_chat) for _ in renderings])
+        return sequences
+
+    def _render(self, row: Row, chat: Chat) -> list:
+        if not any(chat.trained):
+            self._unlabelled.append(row.where)
+            return []
+        try:
+            self._template = self._template or Template(self._tokenizer)
+            rendered = render_chat(chat, self._template)
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        self.report.split += rendered.split
+        self.report.unseen_reasoning += "reasoning" in rendered.unseen
+        self.report.unseen_tools += "tools" in rendered.unseen
+        return rendered.renderings
+
+    def _keep(self, encoded: Encoded, row: Row) -> None:
+        """Cuts the sequence and stores it, or notes why it is not stored."""
+        limit = self._options.max_length
+        self.report.straddled += encoded.straddled
+        if not encoded.label_mask.any():
+            self._unlabelled.append(row.where)
+            return
+        if limit is not None and len(encoded.input_ids) > limit:
+            self.report.truncated += 1
+            encoded = Encoded(encoded.input_ids[:limit], encoded.label_mask[:limit])
+            if not encoded.label_mask.any():
+                self.report.dropped.append(row.where)
+                return
+        if self._context is not None and len(encoded.input_ids) > self._context:
+            self._too_long.append(row.where)
+            self._longest = max(self._longest, len(encoded.input_ids))
+        self.store.add(encoded, row)
+
+    def refuse_unfit(self) -> None:
+        """Raises DataError for rows without labels, sequences over the context, and, with
+        on_empty="error", examples that the cut left without a label."""
+        if self._unlabelled:
+            raise DataError(
+                f"{len(self._unlabelled):,} of {self.report.rows:,} rows have no token to train on "
+                "(an empty response, or no trained assistant turn): "
+                f"{some(self._unlabelled)}. Mend or remove them"
+            )
+        if self._too_long:
+            raise DataError(
+                f"{len(self._too_long):,} sequences are longer than the model's context of "
+                f"{self._context} tokens (the longest has {self._longest:,}): "
+                f"{some(self._too_long)}. Cut them with --max-length {self._context}"
+            )
+        if self.report.dropped and self._options.on_empty == "error":
+            raise DataError(
+                f"--max-length {self._options.max_length} leaves {len(self.report.dropped):,} "
+                f"examples without a label: {some(self.report.dropped)}. Raise --max-length, or "
+                "drop them with --on-empty drop"
+            )

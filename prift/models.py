@@ -1,0 +1,153 @@
+"""Finds and loads a causal language model: safetensors only, attention that honours the config.
+
+Used by both stages. Knows folders and configs; knows no data and no cache.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prift.errors import ModelError
+
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The folder of a model: a local folder, or a hub repository downloaded to the hub's cache.
+
+    Raises ModelError where neither is found or where it holds no safetensors.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"--model {name}: no such folder. Give a model folder or a hub name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise ModelError(
+            f"--model {name}: no such folder, and the hub gave no such repository "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model, sorted by name. Raises ModelError if none."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / Path(n).name for n in names]
+    else:
+        files = [folder / "model.safetensors"]
+    absent = [f.name for f in files if not f.is_file()]
+    if absent:
+        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+            p.name for p in folder.glob("*.safetensors")
+        )
+        raise ModelError(
+            f"{folder} has no {absent[0]} (found: {', '.join(other) or 'no weights'}). prift reads "
+            "safetensors only; convert with model.save_pretrained(folder, safe_serialization=True)."
+        )
+    return files
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model's config. Raises ModelError unless it is a text-only, decoder-only model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelError(f"{folder} is an encoder-decoder model ({kind}); prift takes causal LMs.")
+    parts = [n for n in ("vision_config", "audio_config") if getattr(config, n, None) is not None]
+    if parts or (
+        kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        raise ModelError(
+            f"{folder} is a multimodal model ({kind}: {', '.join(parts) or 'image-text-to-text'}); "
+            "prift takes text-only causal LMs."
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+        raise ModelError(f"{folder} ({kind}) is not a causal language model of transformers.")
+    return config
+
+
+def context_length(config: Any) -> int | None:
+    """Longest sequence the positions of the model are made for; None where it has no limit."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+def vocabulary_size(config: Any) -> int:
+    """Rows of the output projection, padding rows included."""
+    return config.get_text_config().vocab_size
+
+
+def checkpoint_dtype(folder: Path, config: Any) -> str:
+    """'float32', 'bfloat16' or 'float16': the config's dtype, else that of the first tensor."""
+    if config.dtype is not None:
+        return str(config.dtype).removeprefix("torch.")
+    from safetensors import safe_open
+
+    with safe_open(weight_files(folder)[0], framework="pt") as file:
+        name = next(iter(file.keys()))
+        stored = file.get_slice(name).get_dtype()
+    return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
+
+
+def attention_for(config: Any, wanted: str = "auto") -> str:
+    """The attention implementation to load with.
+
+    Architectures that soft-cap their attention logits get 'eager', since the others ignore the
+    cap without saying so. Raises ModelError where such an architecture is asked for another one.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and wanted not in ("auto", "eager"):
+        raise ModelError(
+            f"{config.model_type} soft-caps its attention, which --attention {wanted} ignores. "
+            "Use --attention eager."
+        )
+    if wanted != "auto":
+        return wanted
+    if capped:
+        return "eager"
+    from transformers import AutoModelForCausalLM
+
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
+
+
+def load_model(
+    folder: Path, config: Any, *, dtype: str, attention: str, trust_remote_code: bool = False
+) -> Any:
+    """The model on the CPU, weights from safetensors, in `dtype`. Raises ModelError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    weight_files(folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(f"cannot load {folder}: {error}") from error

@@ -1,0 +1,45 @@
+"""Progress bars for long work: on stderr, silent when stderr is not a terminal.
+
+with progress("scoring", total=n, unit="tok") as advance:
+    advance(512)
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yields a function that advances the bar by a number of `unit`s; shows rate and time left."""
+    if not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=False,
+    )
+    with bar:
+        task = bar.add_task(description, total=total, rate="")
+
+        def advance(amount: int) -> None:
+            bar.advance(task, amount)
+            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
+            if speed:
+                bar.update(task, rate=f"{speed:,.0f} {unit}/s")
+
+        yield advance

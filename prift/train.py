@@ -1,0 +1,224 @@
+"""Command 2: examples + cache -> Trainer. Loads one model, the one it trains.
+
+What the prior thought comes from the cache alone: this module may not import prift.backends.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prift.cache import PriorCache
+from prift.dataset import PriorDataset, collate
+from prift.dataspec import DataSpec
+from prift.errors import CacheError, OptionError
+from prift.forward import install
+from prift.identity import config_digest, weights_digest
+from prift.lora import base_of, with_lora
+from prift.models import attention_for, load_config, load_model, locate, weight_files
+from prift.ranks import from_rank_zero, is_rank_zero
+from prift.request import choose_prior, read_prior
+from prift.rules import Weigher
+from prift.trainer import PriftTrainer
+
+OPTIONS_FILE = "prift.yaml"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What is trained, from what, into what. See `prift train --help`."""
+
+    model: str
+    output: str
+    spec: DataSpec
+    weigher: Weigher
+    cache: str | None = None
+    prior: str | None = None
+    eval_data: tuple[str, ...] = ()
+    dtype: str = "float32"
+    attention: str = "auto"
+    lora_r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    lora_target: str = "all-linear"
+    merge: bool = False
+    resume: bool = False
+    full_metrics_steps: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where the model is, the optimiser steps, the seconds, and each metric as last logged."""
+
+    output: str
+    steps: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+def train(
+    options: TrainOptions,
+    training: Any,
+    resolved: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> Trained:
+    """Fine-tunes a model with token weights; writes an ordinary Hugging Face checkpoint.
+
+    training  transformers.TrainingArguments, from `prift.arguments.training_arguments`
+    resolved  options to write to <output>/prift.yaml, a valid --config
+    Raises OptionError, DataError, ModelError and CacheError, before anything is trained.
+    """
+    checkpoint = _checkpoint(Path(options.output), options.resume)
+    folder = locate(options.model)
+    config = load_config(folder, options.trust_remote_code)
+    datasets, tokenizer = _datasets(options, folder, config, say)
+    model = load_model(
+        folder,
+        config,
+        dtype=options.dtype,
+        attention=attention_for(config, options.attention),
+        trust_remote_code=options.trust_remote_code,
+    )
+    if options.lora_r:
+        model = with_lora(
+            model, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target
+        )
+    install(base_of(model), options.weigher)
+    trainer = PriftTrainer(
+        model=model,
+        args=training,
+        data_collator=collate,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        processing_class=tokenizer,
+        full_metrics_steps=options.full_metrics_steps,
+        skips_rows=options.weigher.source == "prior",
+    )
+    _write_options(options.output, resolved or {})
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    _save(trainer, options)
+    return Trained(
+        output=options.output,
+        steps=result.global_step,
+        seconds=result.metrics["train_runtime"],
+        metrics=_last_metrics(trainer.state.log_history),
+    )
+
+
+def _datasets(
+    options: TrainOptions, folder: Path, config: Any, say: Callable[[str], None]
+) -> tuple[tuple[PriorDataset, PriorDataset | None], Any]:
+    """((training data, evaluation data or None), tokenizer), the prior's statistics beside them."""
+    cache = _open_cache(options, folder, config, say)
+    specs = [("training", options.spec)]
+    if options.eval_data:
+        text = replace(options.spec.text, limit=None)
+        specs.append(
+            ("evaluation", replace(options.spec, data=options.eval_data, weights=(), text=text))
+        )
+    found, tokenizer = [], None
+    for purpose, spec in specs:
+        examples, tokenizer = spec.load(folder, config)
+        for line in examples.report.lines():
+            say(f"{purpose}: {line}")
+        prior = {}
+        if cache is not None:
+            names = sorted({"logprob", *options.weigher.rule.needs})
+            command = _command(options, spec)
+            try:
+                prior = read_prior(cache, examples, names, command)
+            except CacheError as error:
+                if options.weigher.source == "prior":
+                    raise
+                say(f"{purpose}: drift is not measured: {error}")
+        found.append(PriorDataset(examples, prior))
+    return (found[0], found[1] if len(found) > 1 else None), tokenizer
+
+
+def _open_cache(
+    options: TrainOptions, folder: Path, config: Any, say: Callable[[str], None]
+) -> PriorCache | None:
+    """The cache of the prior to read; None where none is needed and none was named."""
+    needed = options.weigher.source == "prior"
+    if options.cache is None:
+        if needed:
+            raise OptionError(
+                f"rule {options.weigher.rule.name} with --source prior reads the prior's "
+                f"statistics: give --cache. Made by:\n  {_command(options, options.spec)}"
+            )
+        return None
+    by_id = options.prior is not None and not Path(options.prior).expanduser().exists()
+    by_id = by_id and len(options.prior or "") == 16 and "/" not in (options.prior or "")
+    try:
+        weights, digest = "", ""
+        if not by_id:
+            other = locate(options.prior) if options.prior else folder
+            its_config = load_config(other, options.trust_remote_code) if options.prior else config
+            weights = from_rank_zero(lambda: weights_digest(weight_files(other)))
+            digest = config_digest(its_config)
+        identity = choose_prior(
+            options.cache,
+            weights,
+            digest,
+            options.prior if by_id else None,
+            _command(options, options.spec),
+        )
+    except CacheError as error:
+        if needed:
+            raise
+        say(f"drift is not measured: {error}")
+        return None
+    say(f"prior {identity.id} ({identity.dtype}, {identity.backend})")
+    return PriorCache(options.cache, identity)
+
+
+def _command(options: TrainOptions, spec: DataSpec) -> str:
+    prior = options.prior if options.prior and Path(options.prior).exists() else options.model
+    return spec.precompute_command(prior, options.cache or "CACHE")
+
+
+def _checkpoint(output: Path, resume: bool) -> str | None:
+    """The checkpoint to go on from. Raises OptionError for an output folder that is in use."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    used = output.is_dir() and any(output.iterdir())
+    if not resume:
+        if used or output.is_file():
+            raise OptionError(
+                f"--output {output} is not empty. Choose another folder, delete it, or go on from "
+                "its last checkpoint with --resume."
+            )
+        return None
+    last = get_last_checkpoint(str(output)) if used else None
+    if last is None:
+        raise OptionError(
+            f"--resume: {output} holds no checkpoint. Leave --resume out to start anew; "
+            "`-- --save_steps N` says how often one is written."
+        )
+    return last
+
+
+def _write_options(output: str, resolved: Mapping[str, Any]) -> None:
+    if is_rank_zero():
+        Path(output).mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(dict(resolved), sort_keys=False)
+        (Path(output) / OPTIONS_FILE).write_text(text)
+
+
+def _save(trainer: PriftTrainer, options: TrainOptions) -> None:
+    """The final model, or the adapter, with its tokenizer, in the output folder."""
+    if options.merge:
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        if is_rank_zero():
+            merged.save_pretrained(options.output)
+            trainer.processing_class.save_pretrained(options.output)
+    else:
+        trainer.save_model(options.output)
+    trainer.save_state()
+
+
+def _last_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    return {k: v for entry in history for k, v in entry.items() if isinstance(v, (int, float))}

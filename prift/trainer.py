@@ -1,0 +1,134 @@
+"""transformers.Trainer with a weighted loss and honest metrics; it overrides nothing else.
+
+The loss of a step is the sum over its label tokens of weight * nll, divided by the number of its
+label tokens over all micro-batches and ranks, zero-weight tokens counted (the denominator of the
+PriFT authors' code, made exact under gradient accumulation).
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from prift.forward import LabelTokens
+
+_SUMS = ("tokens", "weight", "zero", "run", "nll_run", "drift_run", "full", "nll", "drift")
+
+
+class PriftTrainer(transformers.Trainer):
+    """Trains a model on which `prift.forward.install` was called.
+
+    full_metrics_steps  every so many steps one micro-batch is run without gradient over the
+                        zero-weight tokens too, so that `nll` and `drift` cover all label tokens;
+                        None = at each logging step
+    skips_rows          whether zero-weight tokens are known beforehand and never run
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        full_metrics_steps: int | None = None,
+        skips_rows: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, compute_metrics=_summarise, **kwargs)
+        self.model_accepts_loss_kwargs = True  # count label tokens over the whole optimiser step
+        self._full_every = full_metrics_steps or int(self.args.logging_steps) or 1
+        self._skips_rows = skips_rows
+        self._measured_step = -1
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Weighted loss of one micro-batch, already divided by the step's label tokens."""
+        labels, prior = inputs.pop("labels"), inputs.pop("prior")
+        tokens = LabelTokens.of(labels)
+        every_nll = not self._skips_rows or self._wants_full_metrics()
+        weighted = {"labels": labels, "prior": prior, "every_nll": every_nll}
+        out = model(**inputs, weighted=weighted)
+        logprob = tokens.pick(prior["logprob"]) if "logprob" in prior else None
+        sums = _sums(out["nll"], out["weights"], logprob, every_nll)
+        self._sums = self._sums.to(sums.device) + sums
+        share = len(tokens.row) / num_items_in_batch
+        loss = out["loss"] / num_items_in_batch + out["auxiliary"] * share
+        return loss * self.accelerator.num_processes  # data parallelism averages gradients
+
+    def _wants_full_metrics(self) -> bool:
+        """True for the first micro-batch of every step whose metrics cover all label tokens."""
+        step = self.state.global_step + 1
+        if step == self._measured_step or not (step == 1 or step % self._full_every == 0):
+            return False
+        self._measured_step = step
+        return True
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of the steps since the last log."""
+        if "loss" in logs:
+            total = self.accelerator.reduce(self._sums.to(self.args.device), "sum")
+            logs |= _ratios(dict(zip(_SUMS, total.tolist(), strict=True)))
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sums per example [B, len(_SUMS)] in the place of logits: exact over any batch or rank."""
+        inputs = self._prepare_inputs(inputs)
+        labels, prior = inputs.pop("labels"), inputs.pop("prior")
+        tokens = LabelTokens.of(labels)
+        logprob = tokens.pick(prior["logprob"]) if "logprob" in prior else None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            weighted = {"labels": labels, "prior": prior, "every_nll": True}
+            out = model(**inputs, weighted=weighted)
+        each = _per_token(out["nll"], out["weights"], logprob, True)
+        sums = each.new_zeros(len(labels), len(_SUMS) + 1).index_add_(0, tokens.row, each)
+        return None, sums, torch.zeros(len(labels), device=sums.device)
+
+
+def _per_token(nll_N: Tensor, weights_N: Tensor, logprob_N: Tensor | None, full: bool) -> Tensor:
+    """[N, len(_SUMS) + 1] float64: what each token adds to the sums, and to the weighted loss."""
+    nll_N, weights_N = nll_N.double(), weights_N.double()
+    nan = torch.full_like(nll_N, torch.nan)
+    drift_N = nan if logprob_N is None else -nll_N - logprob_N.double()
+    ran = (weights_N != 0).double()
+    one = torch.ones_like(nll_N)
+    where_ran = [torch.where(ran > 0, x, 0.0) for x in (nll_N, drift_N)]
+    everywhere = [one, nll_N, drift_N] if full else [torch.zeros_like(nll_N)] * 3
+    weighted = torch.where(ran > 0, weights_N * nll_N, 0.0)
+    columns = [one, weights_N, 1 - ran, ran, *where_ran, *everywhere, weighted]
+    return torch.stack(columns, 1)
+
+
+def _sums(nll_N: Tensor, weights_N: Tensor, logprob_N: Tensor | None, full: bool) -> Tensor:
+    return _per_token(nll_N, weights_N, logprob_N, full).sum(0)[:-1]
+
+
+def _ratios(sums: dict[str, float]) -> dict[str, float]:
+    """Metrics from sums; those that were not measured are left out."""
+    found = {}
+    if sums["tokens"]:
+        found["mean_weight"] = sums["weight"] / sums["tokens"]
+        found["zero_share"] = sums["zero"] / sums["tokens"]
+    if sums["run"]:
+        found["nll_kept"] = sums["nll_run"] / sums["run"]
+        found["drift_kept"] = sums["drift_run"] / sums["run"]
+    if sums["full"]:
+        found["nll"] = sums["nll"] / sums["full"]
+        found["drift"] = sums["drift"] / sums["full"]
+    return {name: value for name, value in found.items() if value == value}
+
+
+def _summarise(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    total = prediction.predictions.sum(0)
+    sums = dict(zip(_SUMS, total[:-1].tolist(), strict=True))
+    return {"loss": float(total[-1]) / sums["tokens"], **_ratios(sums)}
