@@ -1,30 +1,35 @@
 """TrainingArguments from what follows `--` on the command line and from a config's `training:`.
 
 prift redeclares none of transformers' flags. It sets a few defaults, and refuses by name the few
-flags that would contradict the weighted loss.
+flags that would contradict the weighted loss. A config's values are read as the flags' are, so
+that `learning_rate: 5e-5`, which YAML takes for a string, and `save_strategy: no`, which it takes
+for false, mean what they say.
 """
 
+import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from prift.errors import OptionError
 
 _REFUSED = {
     "output_dir": "it is prift's own --output",
+    "resume_from_checkpoint": "it is prift's own --resume",
     "label_smoothing_factor": "smoothing would replace the weighted loss",
     "use_liger_kernel": "it would replace the model's forward, where the weighted loss runs",
     "remove_unused_columns": "prift decides which columns reach the model",
+    "label_names": "prift decides which columns reach the model",
+    "prediction_loss_only": "evaluation without it measures nll and drift at no cost",
+    "batch_eval_metrics": "evaluation sums nll and drift over the whole set by itself",
+    "eval_do_concat_batches": "evaluation sums nll and drift over the whole set by itself",
 }
+_SECRET = ("hub_token",)
 
 
 def training_arguments(
-    output: str,
-    config: Mapping[str, Any],
-    flags: Sequence[str],
-    has_eval_data: bool,
-    resume: bool = False,
+    output: str, config: Mapping[str, Any], flags: Sequence[str], has_eval_data: bool
 ) -> tuple[Any, dict[str, Any]]:
     """(TrainingArguments, what the user set: a mapping fit for a config's `training:`).
 
@@ -33,7 +38,7 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
-    given = {**_check_config(config), **_parse(flags)}
+    given = {**_read_config(config), **_parse(flags, "after --: ")}
     for name, reason in _REFUSED.items():
         if name in given:
             raise OptionError(f"training argument {name} is not yours to set: {reason}.")
@@ -42,68 +47,109 @@ def training_arguments(
             "average_tokens_across_devices=false is refused: prift divides by the label tokens of "
             "the whole optimiser step, all devices together."
         )
-    if has_eval_data is False and given.get("load_best_model_at_end"):
+    if not has_eval_data and given.get("load_best_model_at_end"):
         raise OptionError("load_best_model_at_end needs --eval-data.")
     values = {**_defaults(given, has_eval_data), **given}
     try:
-        return TrainingArguments(output_dir=output, remove_unused_columns=False, **values), given
+        arguments = TrainingArguments(output_dir=output, remove_unused_columns=False, **values)
     except (ValueError, TypeError, ImportError) as error:
         raise OptionError(f"training arguments: {error}") from error
+    return arguments, {name: value for name, value in given.items() if name not in _SECRET}
 
 
 def _defaults(given: Mapping[str, Any], has_eval_data: bool) -> dict[str, Any]:
+    import torch
+
     defaults: dict[str, Any] = {
         "train_sampling_strategy": "group_by_length",  # random batches pad half as much again
         "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # it would show a loss of 0 where there is none
         "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if has_eval_data:
-        defaults["eval_strategy"] = given.get("save_strategy", "epoch")
-        if given.get("load_best_model_at_end"):
-            defaults["save_strategy"] = given.get("eval_strategy", defaults["eval_strategy"])
-            defaults["metric_for_best_model"] = "nll"
+        defaults |= _evaluation(given)
+    return defaults
+
+
+def _evaluation(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluates each epoch, or as often as is saved; the best model is the one of least nll."""
+    by_steps = "eval_steps" in given or given.get("save_strategy") == "steps"
+    strategy = given.get("eval_strategy", "steps" if by_steps else "epoch")
+    defaults: dict[str, Any] = {"eval_strategy": strategy}
+    if given.get("load_best_model_at_end"):
+        defaults["save_strategy"] = strategy
+        if "eval_steps" in given:
+            defaults["save_steps"] = given["eval_steps"]
+    if given.get("load_best_model_at_end") or given.get("save_strategy") == "best":
+        defaults["metric_for_best_model"] = "nll"
+        if "metric_for_best_model" not in given:
             defaults["greater_is_better"] = False
     return defaults
 
 
-def _known() -> dict[str, Any]:
-    import dataclasses
+def _read_config(config: Any) -> dict[str, Any]:
+    """A config's `training:` mapping, its single values read as the flags' are."""
+    place = "config, training: "
+    if not isinstance(config, Mapping):
+        raise OptionError(f"{place}found {config!r}; wanted a mapping of names to values.")
+    parser, found = _parser(place), {}
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in config.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            raise OptionError(
+                f"{place}{key!r} is not a TrainingArguments field.{_close(name, actions)}"
+            )
+        if value is False and "no" in (actions[name].choices or ()):
+            value = "no"
+        if isinstance(value, (list, dict)) and (
+            actions[name].choices or actions[name].type in (int, float)
+        ):
+            raise OptionError(f"{place}{name}: found {value!r}; wanted a single value.")
+        if isinstance(value, (str, int, float)):
+            found |= _parse([f"--{name}={value}"], place)
+        elif value is not None:
+            found[name] = value
+    return found
 
-    from transformers import TrainingArguments
 
-    return {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
-
-
-def _check_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    known = _known()
-    for name in config:
-        if name not in known:
-            raise OptionError(f"config, training: {name!r} is not a TrainingArguments field.")
-    return dict(config)
-
-
-def _parse(flags: Sequence[str]) -> dict[str, Any]:
-    """The fields that the flags name, with parsed values."""
+def _parser(place: str) -> Any:
     from transformers import HfArgumentParser, TrainingArguments
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
-            raise OptionError(f"after --: {message}")
+            raise OptionError(f"{place}{message}")
 
-    parser = Parser(TrainingArguments, allow_abbrev=False)
-    space, rest = parser.parse_known_args(list(flags))
+    return Parser(TrainingArguments, allow_abbrev=False, add_help=False)
+
+
+def _parse(flags: Sequence[str], place: str) -> dict[str, Any]:
+    """The fields that the flags name, with parsed values; `place` begins error messages."""
+    space, rest = _parser(place).parse_known_args(list(flags))
+    known = vars(space)
     if rest:
-        raise OptionError(
-            f"after --: {rest[0]!r} is not a flag of transformers.TrainingArguments, or has no "
-            "such value."
-        )
+        name = rest[0].split("=")[0]
+        if name.startswith("-"):
+            raise OptionError(
+                f"{place}{name} is not a flag of transformers.TrainingArguments."
+                + _close(name.lstrip("-").replace("-", "_"), known, "--")
+            )
+        raise OptionError(f"{place}{rest[0]!r} is no flag, and no flag before it takes it.")
     named = {f.split("=")[0].lstrip("-").replace("-", "_") for f in flags if f.startswith("--")}
-    named |= {n.removeprefix("no_") for n in named if n not in _known()}
-    return {n: _plain(getattr(space, n)) for n in named if n in _known()}
+    named = {n if n in known else n.removeprefix("no_") for n in named}
+    return {n: _plain(known[n]) for n in sorted(named)}
+
+
+def _close(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _plain(value: Any) -> Any:
     """Enum members as their values: what a YAML file can hold."""
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
     value = getattr(value, "value", value)
     try:
         json.dumps(value)

@@ -6,6 +6,7 @@ break this; then every trained turn becomes an example of its own, cut behind th
 what the model sees when it generates that turn.
 """
 
+import datetime
 import re
 from dataclasses import dataclass, field
 
@@ -48,9 +49,10 @@ class Template:
         answered = [*asked, {"role": "assistant", "content": _PROBE}]
         try:
             text, prompt = self.render(answered), self.render(asked)
-            header = self.render(asked, generation_prompt=True).removeprefix(prompt)
+            opened = self.render(asked, generation_prompt=True)
         except DataError:
             return None, ""
+        header = opened.removeprefix(prompt) if opened.startswith(prompt) else ""
         closing = text.rpartition(_PROBE)[2] if _PROBE in text else None
         return closing and (closing.rstrip() or closing), header
 
@@ -80,6 +82,7 @@ class Template:
                 conversations=[messages],
                 tools=tools,
                 chat_template=self.tokenizer.get_chat_template(tools=tools),
+                strftime_now=_one_date,
                 **options,
                 **self.tokenizer.special_tokens_map,
             )
@@ -99,6 +102,14 @@ class Template:
         return end if closing == "" else begin + len(inner)
 
 
+def _one_date(format: str) -> str:
+    """What templates get that ask for today's date (Llama 3's and gpt-oss's do).
+
+    With the true date, statistics computed today would fit no example tomorrow.
+    """
+    return datetime.date(2025, 1, 1).strftime(format)
+
+
 def with_system(chat: Chat, system: str | None) -> Chat:
     """The conversation with `system` in front, where it has no system message of its own."""
     if system is None or any(message["role"] == "system" for message in chat.messages):
@@ -116,9 +127,7 @@ def render_chat(chat: Chat, template: Template) -> Rendered:
     messages = [_for_template(message) for message in chat.messages]
     turns = [i for i, trained in enumerate(chat.trained) if trained]
     for i in turns:
-        if not messages[i].keys() & {"tool_calls", "reasoning_content"} | set(
-            messages[i]["content"]
-        ):
+        if not any(messages[i].get(key) for key in ("content", "reasoning_content", "tool_calls")):
             raise DataError(f"turn {i + 1} is a trained assistant turn with nothing in it")
     whole, marks = template.render_marked(messages, chat.tools)
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prift.errors import DataError
 from prift.examples import Examples, TextOptions, load_examples
-from prift.models import context_length
+from prift.models import context_length, vocabulary_size
 from prift.tokenizers import load_tokenizer
 
 
@@ -40,6 +41,7 @@ class DataSpec:
             context=context_length(config),
             data_weights=self.weights or None,
         )
+        _check_vocabulary(examples, vocabulary_size(config))
         return examples, tokenizer
 
     def precompute_command(self, model: str, cache: str) -> str:
@@ -68,3 +70,14 @@ class DataSpec:
         if self.trust_remote_code:
             words.append("--trust-remote-code")
         return shlex.join(words)
+
+
+def _check_vocabulary(examples: Examples, vocabulary: int) -> None:
+    if examples.max_id() < vocabulary:
+        return
+    for i, example in enumerate(examples):
+        if example.input_ids.max() >= vocabulary:
+            raise DataError(
+                f"{examples.where(i)}: token id {example.input_ids.max()} is outside the model's "
+                f"vocabulary of {vocabulary:,}. The tokenizer is not this model's: use --tokenizer."
+            )

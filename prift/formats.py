@@ -47,7 +47,11 @@ Item = Plain | Chat | Tokens
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`columns` must all be there; `alone`: auto takes it only where no other column has data."""
+    """A way to read rows: read(row) gives the Item, or raises DataError with what is wrong.
+
+    columns  must all be there
+    alone    auto takes the format only where all other columns are notes (id, url, ...)
+    """
 
     name: str
     columns: tuple[str, ...]

@@ -12,25 +12,29 @@ from prift.errors import ModelError
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def locate(name: str, revision: str | None = None) -> Path:
+def locate(name: str, option: str = "--model") -> Path:
     """The folder of a model: a local folder, or a hub repository downloaded to the hub's cache.
 
-    Raises ModelError where neither is found or where it holds no safetensors.
+    Raises ModelError where neither is found, naming the option that asked for it.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"--model {name}: no such folder. Give a model folder or a hub name.")
+        raise ModelError(f"{option} {name}: no such folder. Give a model folder or a hub name.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
         raise ModelError(
-            f"--model {name}: no such folder, and the hub gave no such repository "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"{option} {name}: no such folder, and the hub gave no such repository "
+            f"({type(error).__name__}: {_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -59,6 +63,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
     if not (folder / "config.json").is_file():
@@ -66,10 +71,15 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{folder}/config.json: {_first_line(error)}") from error
     kind = config.model_type
     if config.is_encoder_decoder:
         raise ModelError(f"{folder} is an encoder-decoder model ({kind}); prift takes causal LMs.")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ModelError(
+            f"{folder} is an encoder ({kind}), whose tokens see those behind them; prift takes "
+            "causal LMs."
+        )
     parts = [n for n in ("vision_config", "audio_config") if getattr(config, n, None) is not None]
     if parts or (
         kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -137,17 +147,34 @@ def load_model(
 ) -> Any:
     """The model on the CPU, weights from safetensors, in `dtype`. Raises ModelError."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    weight_files(folder)
+    files = weight_files(folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    except SafetensorError as error:
+        names = ", ".join(f.name for f in files)
+        raise ModelError(
+            f"cannot read {names} in {folder}: {error}. The file is cut short or damaged: copy or "
+            "download it again."
+        ) from error
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load {folder}: {error}") from error
+    # transformers fills what a checkpoint lacks with random numbers, and goes on.
+    lacking = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    if lacking:
+        raise ModelError(
+            f"{folder}: its weights do not fit its config.json: {len(lacking):,} tensors are "
+            f"missing or of another shape, {lacking[0]} among them. Save the model again, whole."
+        )
+    return model

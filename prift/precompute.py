@@ -18,9 +18,9 @@ from prift import spans
 from prift.backends import BadLogits, Scorer, hf
 from prift.cache import PriorCache
 from prift.dataspec import DataSpec
-from prift.errors import DataError, ModelError
+from prift.errors import ModelError
 from prift.examples import Examples
-from prift.models import load_config, locate, vocabulary_size
+from prift.models import load_config, locate, weight_files
 from prift.progress import progress
 from prift.request import Request, request
 from prift.stats import CORE
@@ -69,10 +69,10 @@ def precompute(
     options = options or PrecomputeOptions()
     folder = locate(model)
     config = load_config(folder, options.trust_remote_code)
+    weight_files(folder)  # refuses a folder without them before the data are read
     examples, tokenizer = spec.load(folder, config)
     for line in examples.report.lines():
         say(line)
-    _check_vocabulary(examples, vocabulary_size(config))
     identity = hf.identify(
         folder,
         config,
@@ -145,17 +145,6 @@ class _Picked:
         if i >= len(self._index):
             raise IndexError(i)
         return self._examples[int(self._index[i])].input_ids
-
-
-def _check_vocabulary(examples: Examples, vocabulary: int) -> None:
-    if examples.max_id() < vocabulary:
-        return
-    for i, example in enumerate(examples):
-        if example.input_ids.max() >= vocabulary:
-            raise DataError(
-                f"{examples.where(i)}: token id {example.input_ids.max()} is outside the prior's "
-                f"vocabulary of {vocabulary:,}. The tokenizer is not this model's: use --tokenizer."
-            )
 
 
 def _provenance(

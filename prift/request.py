@@ -106,14 +106,17 @@ def choose_prior(
         )
     raise CacheError(
         f"{root} holds no prior of this model (weights {weights[:12]}, config {config[:12]}). "
-        f"It holds:\n{_listing(found)}\nChoose one of them with --prior ID, or run:\n  {command}"
+        f"It holds:\n{_listing(found, weights=weights, config=config)}\n"
+        f"Choose one of them with --prior ID, or run:\n  {command}"
     )
 
 
-def _listing(priors: Mapping[str, PriorIdentity]) -> str:
-    """One line per prior with the fields in which they differ (weights and config if alone)."""
+def _listing(priors: Mapping[str, PriorIdentity], **wanted: str) -> str:
+    """One line per prior with the fields in which they differ, from each other or from `wanted`
+    (weights and config where they do not)."""
     values = list(priors.values())
     differing = {name for v in values for name in values[0].differences(v)}
+    differing |= {n for n, w in wanted.items() if any(getattr(v, n) != w for v in values)}
     names = sorted(differing) or ["config", "weights"]
     lines = []
     for key, identity in priors.items():

@@ -134,7 +134,9 @@ def _refuse_object_of_objects(value, name: str) -> None:
 
 def _object(value, where: str) -> dict:
     if not isinstance(value, dict):
-        raise DataError(f"{where} is of type {type(value).__name__}, where an object (a row) is wanted")
+        raise DataError(
+            f"{where} is of type {type(value).__name__}, where an object (a row) is wanted"
+        )
     return value
 
 

@@ -130,7 +130,9 @@ def weigher(name: str, source: str | None, arguments: Mapping[str, str]) -> Weig
         known = ", ".join(f"{k}={p.default}" for k, p in options.items()) or "none"
         raise OptionError(f"rule {name} has no argument {unknown[0]!r}. It takes: {known}.")
     values = {k: _parse(name, k, v, options[k].annotation) for k, v in arguments.items()}
-    return Weigher(found, source if found.needs else None, values)
+    bound = Weigher(found, source if found.needs else None, values)
+    bound(TokenStats(**{n: torch.zeros(0) for n in found.needs}))  # values out of range fail now
+    return bound
 
 
 def _parse(rule_name: str, key: str, text: str, kind: Any) -> Any:

@@ -1,6 +1,7 @@
 """Scored positions of a sequence as half-open runs: begin, end, begin, end, ... (int32).
 
-Runs are sorted and do not touch; positions are >= 1, since position 0 follows nothing.
+Runs are sorted and do not touch; positions are >= 1, since position 0 follows nothing. Many rows
+of runs are one flat array and, for each row, how many of its entries are the row's.
 """
 
 import numpy as np
@@ -25,16 +26,49 @@ def count(spans: np.ndarray) -> int:
 
 def valid(spans: np.ndarray, length: int) -> bool:
     """Whether these are sorted runs, none empty or touching the next, within 1..length - 1."""
-    steps = np.diff(spans)
-    return bool(
-        len(spans) % 2 == 0 and (steps > 0).all() and (not len(spans) or 1 <= spans[0])
-    ) and (not len(spans) or int(spans[-1]) <= length)
+    return all_valid(spans, np.array([len(spans)]), np.array([length]))
 
 
-def find(stored: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
-    """Index of each wanted position among the stored ones; None where one is not stored."""
-    have, want = positions_of(stored), positions_of(wanted)
-    index = np.searchsorted(have, want)
-    if len(want) and (index[-1] >= len(have) or not np.array_equal(have[index], want)):
-        return None
-    return index
+def all_valid(flat: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> bool:
+    """`valid` of every row at once; lengths: tokens of each row's sequence."""
+    if (counts % 2).any():
+        return False
+    step = np.diff(flat.astype(np.int64), prepend=0)  # int32 differences would wrap around
+    filled = counts > 0
+    last = np.cumsum(counts)[filled] - 1
+    first = last + 1 - counts[filled]
+    step[first] = flat[first]
+    return bool((step > 0).all() and (flat[last] <= lengths[filled]).all())
+
+
+def cover(
+    stored: np.ndarray, stored_counts: np.ndarray, wanted: np.ndarray, wanted_counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each wanted row lies in the stored row beside it.
+
+    Returns bool [R], whether all that the row wants is stored; and int64 [wanted runs], the index
+    of each wanted run's first position among its stored row's positions (no meaning if absent).
+    """
+    stored_row, wanted_row = _row_of_runs(stored_counts), _row_of_runs(wanted_counts)
+    stored, wanted = stored.astype(np.int64), wanted.astype(np.int64)
+    begin, end = stored[::2], stored[1::2]
+    if not len(begin):
+        return wanted_counts == 0, np.zeros(len(wanted_row), np.int64)
+    # Runs do not touch, so a wanted run lies within one stored run: the last that begins by then.
+    at = np.searchsorted((stored_row << 32) + begin, (wanted_row << 32) + wanted[::2], "right") - 1
+    inside = (at >= 0) & (stored_row[at] == wanted_row) & (wanted[1::2] <= end[at])
+    covered = np.ones(len(wanted_counts), bool)
+    covered[wanted_row[~inside]] = False
+    before = np.cumsum(end - begin) - (end - begin)
+    first = np.searchsorted(stored_row, stored_row[at])
+    return covered, before[at] - before[first] + wanted[::2] - begin[at]
+
+
+def joined(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Indices begin, begin + 1, ... of each stretch, one stretch after the other; int64."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - ends + sizes, sizes)
+
+
+def _row_of_runs(counts: np.ndarray) -> np.ndarray:
+    return np.repeat(np.arange(len(counts), dtype=np.int64), counts // 2)

@@ -25,6 +25,8 @@ def load_tokenizer(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("it has no vocabulary")  # some are made out of a config.json alone
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
             f"no tokenizer could be loaded from {name_or_path!r}: {_first_line(error)}. "
@@ -36,7 +38,7 @@ def load_tokenizer(
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _read_template(path: Path) -> str:
@@ -136,12 +138,14 @@ def _bare_backend(tokenizer):
 
 
 def _prefix(tokenizer) -> list[int]:
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return list(whole[:start])
+    """What special tokens a text gets in front, seen on a text that the vocabulary has."""
+    for text in ("a", "0", "A", "\n"):
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(text)["input_ids"]
+        for start in range(len(whole) - len(bare) + 1 if bare else 0):
+            if whole[start : start + len(bare)] == bare:
+                return list(whole[:start])
     raise DataError(
-        f"{type(tokenizer).__name__} encodes the text 'a' as {whole} with special tokens and as "
-        f"{bare} without, so what it puts before a text cannot be told. Try another --tokenizer."
+        f"{type(tokenizer).__name__} encodes {text!r} as {whole} with special tokens and as {bare} "
+        "without, so what it puts before a text cannot be told. Try another --tokenizer."
     )

@@ -3,12 +3,13 @@
 What the prior thought comes from the cache alone: this module may not import prift.backends.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+import transformers
 
 from prift.cache import PriorCache
 from prift.dataset import PriorDataset, collate
@@ -18,12 +19,12 @@ from prift.forward import install
 from prift.identity import config_digest, weights_digest
 from prift.lora import base_of, with_lora
 from prift.models import attention_for, load_config, load_model, locate, weight_files
+from prift.output import checkpoint_of, write_options, writing
 from prift.ranks import from_rank_zero, is_rank_zero
 from prift.request import choose_prior, read_prior
 from prift.rules import Weigher
 from prift.trainer import PriftTrainer
-
-OPTIONS_FILE = "prift.yaml"
+from prift.watch import LastStepLogged, StopAtNan
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,15 @@ def train(
 
     training  transformers.TrainingArguments, from `prift.arguments.training_arguments`
     resolved  options to write to <output>/prift.yaml, a valid --config
-    Raises OptionError, DataError, ModelError and CacheError, before anything is trained.
+    Raises OptionError, DataError, ModelError and CacheError, before anything is trained;
+    PriftError where the output cannot be written, ModelError where the loss becomes NaN.
     """
-    checkpoint = _checkpoint(Path(options.output), options.resume)
+    checkpoint = from_rank_zero(lambda: checkpoint_of(Path(options.output), options.resume))
     folder = locate(options.model)
     config = load_config(folder, options.trust_remote_code)
+    weight_files(folder)  # refuses a folder without them before the data are read
     datasets, tokenizer = _datasets(options, folder, config, say)
+    transformers.set_seed(training.seed)  # an adapter's first values are drawn before Trainer seeds
     model = load_model(
         folder,
         config,
@@ -87,19 +91,21 @@ def train(
             model, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target
         )
     install(base_of(model), options.weigher)
-    trainer = PriftTrainer(
-        model=model,
-        args=training,
-        data_collator=collate,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1],
-        processing_class=tokenizer,
-        full_metrics_steps=options.full_metrics_steps,
-        skips_rows=options.weigher.source == "prior",
-    )
-    _write_options(options.output, resolved or {})
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    _save(trainer, options)
+    with writing(options.output):
+        trainer = PriftTrainer(
+            model=model,
+            args=training,
+            data_collator=collate,
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1],
+            processing_class=tokenizer,
+            callbacks=[LastStepLogged(), StopAtNan()],
+            full_metrics_steps=options.full_metrics_steps,
+            skips_rows=options.weigher.source == "prior",
+        )
+        write_options(options.output, resolved or {})
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        _save(trainer, options)
     return Trained(
         output=options.output,
         steps=result.global_step,
@@ -150,12 +156,12 @@ def _open_cache(
                 f"statistics: give --cache. Made by:\n  {_command(options, options.spec)}"
             )
         return None
-    by_id = options.prior is not None and not Path(options.prior).expanduser().exists()
-    by_id = by_id and len(options.prior or "") == 16 and "/" not in (options.prior or "")
+    by_id = bool(re.fullmatch("[0-9a-f]{16}", options.prior or ""))
+    by_id = by_id and not Path(options.prior or "").exists()
     try:
         weights, digest = "", ""
         if not by_id:
-            other = locate(options.prior) if options.prior else folder
+            other = locate(options.prior, "--prior") if options.prior else folder
             its_config = load_config(other, options.trust_remote_code) if options.prior else config
             weights = from_rank_zero(lambda: weights_digest(weight_files(other)))
             digest = config_digest(its_config)
@@ -180,34 +186,6 @@ def _command(options: TrainOptions, spec: DataSpec) -> str:
     return spec.precompute_command(prior, options.cache or "CACHE")
 
 
-def _checkpoint(output: Path, resume: bool) -> str | None:
-    """The checkpoint to go on from. Raises OptionError for an output folder that is in use."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    used = output.is_dir() and any(output.iterdir())
-    if not resume:
-        if used or output.is_file():
-            raise OptionError(
-                f"--output {output} is not empty. Choose another folder, delete it, or go on from "
-                "its last checkpoint with --resume."
-            )
-        return None
-    last = get_last_checkpoint(str(output)) if used else None
-    if last is None:
-        raise OptionError(
-            f"--resume: {output} holds no checkpoint. Leave --resume out to start anew; "
-            "`-- --save_steps N` says how often one is written."
-        )
-    return last
-
-
-def _write_options(output: str, resolved: Mapping[str, Any]) -> None:
-    if is_rank_zero():
-        Path(output).mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(dict(resolved), sort_keys=False)
-        (Path(output) / OPTIONS_FILE).write_text(text)
-
-
 def _save(trainer: PriftTrainer, options: TrainOptions) -> None:
     """The final model, or the adapter, with its tokenizer, in the output folder."""
     if options.merge:
@@ -218,6 +196,8 @@ def _save(trainer: PriftTrainer, options: TrainOptions) -> None:
     else:
         trainer.save_model(options.output)
     trainer.save_state()
+    if is_rank_zero():  # a pickle; prift.yaml says the same, and can be read without running it
+        (Path(options.output) / "training_args.bin").unlink(missing_ok=True)
 
 
 def _last_metrics(history: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,18 +1,32 @@
-"""Writes rows into a cache, part by part; needs no lock and never leaves half a part visible."""
+"""Writes rows into a cache, part by part; needs no lock and never leaves half a part visible.
 
+A part is written beside its place under a hidden name, hashed while written, fsynced and renamed
+to <UTC time>-<hash>.parquet: it is complete because it exists. Encodings were measured: floats
+byte-stream-split or plain, integers dictionary-coded, no statistics on lists; pyarrow's defaults
+take half as much again and write eight times slower.
+"""
+
+import contextlib
+import hashlib
 import os
+import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from prift import spans
 from prift.errors import CacheError
 from prift.identity import PriorIdentity
-from prift.parts import PartWriter
+from prift.parts import COLUMN_TYPES, schema
 
+_ROW_GROUP_TOKENS = 192 * 1024
 _MAX_PART_TOKENS = 1 << 22
 
 
@@ -42,9 +56,7 @@ class CacheWriter:
         with self._guard():
             self._folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "prior.json").exists():
-                beside = folder / f".prior-{os.getpid()}.tmp"
-                beside.write_text(identity.json())
-                os.replace(beside, folder / "prior.json")
+                _write_whole(folder / "prior.json", identity.json().encode())
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -54,6 +66,8 @@ class CacheWriter:
 
     def add(self, key: bytes, length: int, spans: np.ndarray, stats: dict[str, Any]) -> None:
         """One sequence of `length` tokens: the spans scored, one array per statistic."""
+        if self._part is not None and self._part.names != tuple(stats):
+            self.flush()
         with self._guard():
             if self._part is None:
                 self._part = PartWriter(self._folder, tuple(stats), self._provenance)
@@ -71,14 +85,178 @@ class CacheWriter:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """Turns a refused write into a CacheError, and removes the part that it broke."""
+        """Turns a refused write into a CacheError, and removes the part that it, or an interrupt
+        in the middle of writing, broke."""
         try:
             yield
-        except OSError as error:
-            part, self._part = self._part, None
-            if part is not None:
-                part.abandon()
-            raise CacheError(
-                f"cannot write to the cache {self._folder}: {error.strerror or error}. Finished "
-                "parts are kept; once there is room and permission, run the same command again."
-            ) from error
+        except BaseException as error:
+            if self._part is not None and self._part.broken:
+                self._part.abandon()
+                self._part = None
+            if isinstance(error, OSError):
+                raise CacheError(
+                    f"cannot write to the cache {self._folder}: {error.strerror or error}. "
+                    "Finished parts are kept; once there is room and permission, run the same "
+                    "command again."
+                ) from error
+            raise
+
+
+class PartWriter:
+    """Writes one part. `add` rows, then `finish`; without `finish` nothing becomes visible.
+
+    folder     the cache's parts/, which exists
+    names      statistics of every row
+    metadata   provenance: strings for the Parquet key-value metadata
+
+    broken     a write was begun and not ended: nothing but `abandon` is left to do
+    """
+
+    def __init__(self, folder: Path, names: tuple[str, ...], metadata: dict[str, str]):
+        self.names, self.broken, self.tokens = names, False, 0
+        self.started = time.monotonic()
+        self._folder, self._temporary = folder, folder / _temporary_name("part")
+        self._schema = schema(names).with_metadata(metadata)
+        self._file = _HashingFile(self._temporary)
+        try:
+            self._writer = self._open()
+        except BaseException:
+            self._file.close()
+            self._temporary.unlink()
+            raise
+        self._rows: list[tuple[bytes, int, np.ndarray, dict[str, np.ndarray]]] = []
+        self._pending = 0
+
+    def _open(self) -> pq.ParquetWriter:
+        return pq.ParquetWriter(
+            pa.PythonFile(self._file, mode="w"),
+            self._schema,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[f"{n}.list.element" for n in self.names if n in ("rank", "n_tie")],
+            column_encoding={
+                f"{n}.list.element": "BYTE_STREAM_SPLIT"
+                for n in self.names
+                if n in ("logprob", "entropy")
+            },
+            write_statistics=["key", "length"],
+            write_page_checksum=True,
+        )
+
+    def add(self, key: bytes, length: int, runs: np.ndarray, stats: dict[str, Any]) -> None:
+        """One sequence: its key, its tokens, its scored runs, one value per scored position."""
+        count = spans.count(runs)
+        sizes = {name: len(stats[name]) for name in self.names}
+        if not spans.valid(runs, length) or set(sizes.values()) != {count}:
+            raise ValueError(f"runs {runs} of {length} tokens do not fit the statistics {sizes}")
+        self._rows.append((key.ljust(16, b"\0"), length, runs, stats))  # numpy strips zero bytes
+        self._pending += count
+        self.tokens += count
+        if self._pending >= _ROW_GROUP_TOKENS:
+            self._write_row_group()
+
+    def finish(self) -> Path:
+        """Makes the part visible and durable; returns its path."""
+        if self._rows:
+            self._write_row_group()
+        self.broken = True
+        self._writer.close()
+        digest = self._file.finish()
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        path = self._folder / f"{stamp}-{digest[:32]}.parquet"
+        os.replace(self._temporary, path)
+        _fsync_folder(self._folder)
+        self.broken = False
+        return path
+
+    def abandon(self) -> None:
+        """Removes what was written so far."""
+        self._file.discard()
+        with contextlib.suppress(pa.ArrowException, OSError):
+            self._writer.close()  # or its finalizer would, later, and complain on stderr
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write_row_group(self) -> None:
+        self.broken = True
+        keys, lengths, runs, stats = zip(*self._rows, strict=True)
+        counts = [len(s[self.names[0]]) for s in stats]
+        columns = [
+            pa.array(keys, pa.binary(16)),
+            pa.array(lengths, pa.int32()),
+            _list_array([len(r) for r in runs], np.concatenate(runs).astype(np.int32)),
+        ]
+        for name in self.names:
+            values = np.concatenate([s[name] for s in stats])
+            columns.append(_list_array(counts, values.astype(COLUMN_TYPES[name], copy=False)))
+        table = pa.Table.from_arrays(columns, schema=self._schema)
+        self._writer.write_table(table, row_group_size=table.num_rows)
+        self._rows, self._pending, self.broken = [], 0, False
+
+
+class _HashingFile:
+    """A file that hashes what is written to it, in order. Unbuffered, so that closing it cannot
+    fail for want of room."""
+
+    def __init__(self, path: Path):
+        self._raw = open(path, "xb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._discarding = False
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while len(rest) and not self._discarding:
+            written = self._raw.write(rest)
+            self._hash.update(rest[:written])
+            rest = rest[written:]
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> str:
+        os.fsync(self._raw.fileno())
+        self.close()
+        return self._hash.hexdigest()
+
+    def discard(self) -> None:
+        """From now on, what is written goes nowhere."""
+        self._discarding = True
+
+    def close(self) -> None:
+        self.closed = True
+        self._raw.close()
+
+
+def _temporary_name(of: str) -> str:
+    """Hidden, and random: a container started again has the same host name and process ids."""
+    return f".{of}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Writes a small file beside its place and moves it there, or leaves nothing."""
+    beside = path.with_name(_temporary_name(path.stem))
+    file = _HashingFile(beside)
+    try:
+        file.write(data)
+        file.finish()
+        os.replace(beside, path)
+    except BaseException:
+        file.close()
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _list_array(counts: list[int], values: np.ndarray) -> pa.Array:
+    offsets = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    return pa.ListArray.from_arrays(offsets, pa.array(values))
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -127,7 +127,7 @@ class HFScorer:
         ids_BT = np.zeros((len(sequences), longest), np.int64)
         for b, sequence in enumerate(sequences):
             ids_BT[b, : len(sequence)] = sequence
-        place_BT = np.broadcast_to(np.arange(longest), ids_BT.shape)
+        place_BT = np.tile(np.arange(longest), (len(sequences), 1))
         return self._body(
             input_ids=self._tensor(ids_BT),
             position_ids=self._tensor(place_BT),
@@ -149,7 +149,7 @@ class HFScorer:
         return TokenStats.concatenate(found)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self._device)
+        return torch.tensor(array, dtype=torch.int64, device=self._device)
 
 
 def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

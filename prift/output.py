@@ -1,0 +1,67 @@
+"""The output folder of a training run: what may be resumed there, and what a full disk says."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+
+from prift.errors import OptionError, PriftError
+from prift.ranks import is_rank_zero
+
+OPTIONS_FILE = "prift.yaml"
+
+
+def checkpoint_of(output: Path, resume: bool) -> str | None:
+    """The checkpoint to go on from. Raises OptionError for an output folder that is in use."""
+    used = output.is_dir() and any(output.iterdir())
+    if not resume:
+        if used or output.is_file():
+            raise OptionError(
+                f"--output {output} is not empty. Choose another folder, delete it, or go on from "
+                "its last checkpoint with --resume."
+            )
+        return None
+    whole = [p for p in output.glob("checkpoint-*") if _is_whole(p)] if used else []
+    if not whole:
+        raise OptionError(
+            f"--resume: {output} holds no whole checkpoint. To start anew leave --resume out and "
+            "name an empty folder; `-- --save_steps N` says how often one is written."
+        )
+    return str(max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-"))))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """False for what a kill or a full disk left behind: the state is written last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return checkpoint.name.removeprefix("checkpoint-").isdecimal()
+
+
+@contextmanager
+def writing(output: str) -> Iterator[None]:
+    """Turns a refused write into a PriftError that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save fails with a RuntimeError of its archive writer.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise PriftError(
+            f"cannot write to --output {output}: {reason}. Whole checkpoints in it are kept; once "
+            "there is room and permission, go on from the last with --resume."
+        ) from error
+
+
+def write_options(output: str, resolved: Mapping[str, Any]) -> None:
+    """Writes prift.yaml, a valid --config of the run."""
+    if is_rank_zero():
+        Path(output).mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(dict(resolved), sort_keys=False)
+        (Path(output) / OPTIONS_FILE).write_text(text)

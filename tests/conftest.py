@@ -1,0 +1,37 @@
+"""Shared fixtures. Nothing here is a stand-in: models are real, only small and random."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_home(tmp_path_factory):
+    """Tests never touch the user's ~/.cache/prift."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_inputs() -> Path:
+    """Real tokenizers, data sets and a real small model, where they are at hand."""
+    place = os.environ.get("PRIFT_REAL_INPUTS")
+    if not place:
+        pytest.skip("PRIFT_REAL_INPUTS is unset: no real inputs at hand")
+    return Path(place)
+
+
+@pytest.fixture(scope="session")
+def stories(real_inputs):
+    """The folder of a real pretrained model of 260,032 parameters."""
+    return real_inputs / "models" / "stories260k"

@@ -1,0 +1,94 @@
+"""Each definition once, naively: plain loops over a full softmax in float64.
+
+Written from the formulas in docs/statistics.md, not from the code under test. Benchmarks import
+these too.
+"""
+
+import math
+
+import numpy as np
+
+
+def token_stats(logits: np.ndarray, target: int) -> dict[str, float]:
+    """All core statistics of one position from its logits [V], in float64."""
+    z = np.asarray(logits, np.float64)
+    shifted = np.exp(z - z.max())
+    q = shifted / shifted.sum()
+    logprob = z[target] - z.max() - math.log(shifted.sum())
+    above = z > z[target]
+    entropy = -sum(p * math.log(p) for p in q if p > 0)
+    # log of the mass at or below the target, scaled by the target so that it cannot underflow
+    ratios = [math.exp(v - z[target]) for v in z[~above]] if z[target] > -math.inf else [0.0]
+    total = sum(ratios)
+    log_mass = logprob + math.log(total) if total > 0 else -math.inf
+    if log_mass > -0.7:  # more than half: only the mass above keeps the digits
+        log_mass = math.log1p(-q[above].sum()) if above.any() else 0.0
+    return {
+        "logprob": min(logprob, 0.0),
+        "log_mass_rank": log_mass,
+        "rank": 1 + int(above.sum()),
+        "n_tie": int((z == z[target]).sum()),
+        "entropy": entropy,
+    }
+
+
+def mass_rank(logits: np.ndarray, target: int) -> float:
+    """u of the paper, as a probability: the sum of q(v) over z(v) <= z(y)."""
+    z = np.asarray(logits, np.float64)
+    q = np.exp(z - z.max())
+    return float((q / q.sum())[z <= z[target]].sum())
+
+
+def naive_float32(logits: np.ndarray, target: int) -> dict[str, float]:
+    """The obvious float32 code: what a careful user would write with torch."""
+    import torch
+
+    z = torch.as_tensor(logits, dtype=torch.float32)
+    logq = torch.log_softmax(z, 0)
+    below = z <= z[target]
+    return {
+        "logprob": float(logq[target]),
+        "log_mass_rank": float(logq[below].exp().sum().log()),
+        "entropy": float(-(logq.exp() * logq).nan_to_num(0.0).sum()),
+    }
+
+
+def official_code_score(logits: np.ndarray, target: int) -> float:
+    """PriFT's score in the authors' code: strictly less likely mass plus the target's own."""
+    z = np.asarray(logits, np.float64)
+    q = np.exp(z - z.max())
+    q = q / q.sum()
+    return float(q[z < z[target]].sum() + q[target])
+
+
+def weight_uniform(logits: np.ndarray, target: int) -> float:
+    """Supervised fine-tuning."""
+    return 1.0
+
+
+def weight_prob(logits: np.ndarray, target: int, power: float = 1.0) -> float:
+    """q(y)^power."""
+    z = np.asarray(logits, np.float64)
+    q = np.exp(z - z.max())
+    return float((q / q.sum())[target] ** power)
+
+
+def weight_mass(logits: np.ndarray, target: int, threshold: float = 0.5) -> float:
+    """1 where the mass of all tokens at most as likely as y reaches the threshold."""
+    return float(mass_rank(logits, target) >= threshold)
+
+
+def weighted_loss(logits, labels, weights, denominator: float):
+    """sum of w(t) * -log p(t) over label tokens / denominator, in the logits' dtype, with autograd.
+
+    logits [B, T, V], labels [B, T] (-100 = none), weights [B, T] at the token's own place
+    """
+    import torch
+
+    total = torch.zeros((), dtype=logits.dtype)
+    for b in range(labels.shape[0]):
+        for t in range(1, labels.shape[1]):
+            if labels[b, t] != -100:
+                nll = -torch.log_softmax(logits[b, t - 1], 0)[labels[b, t]]
+                total = total + weights[b, t] * nll
+    return total / denominator

@@ -1,0 +1,166 @@
+"""The weighted loss and its gradients against the naive full-logit computation in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prift import loss as loss_module
+from prift.heads import Head
+from prift.loss import weighted_loss
+from prift.rules import Rule, Weigher, weigher
+from prift.stats import TokenStats, token_stats
+
+H, V = 16, 203
+
+
+def case(rows: int, seed: int, dtype=torch.float32, bias=True):
+    torch.manual_seed(seed)
+    hidden = torch.randn(rows, H).to(dtype).requires_grad_()
+    weight = (torch.randn(V, H) * 0.7).to(dtype).requires_grad_()
+    bias_V = torch.randn(V).to(dtype).requires_grad_() if bias else None
+    return hidden, weight, bias_V, torch.randint(0, V, (rows,))
+
+
+def given_weights(values: torch.Tensor) -> tuple[Weigher, TokenStats]:
+    """A weigher that gives these weights, whatever they are."""
+    rule = Rule("given", ("logprob",), lambda stats: stats.logprob)
+    return Weigher(rule, "prior", {}), TokenStats(logprob=values)
+
+
+def naive(hidden, weight, bias, targets, weights, scale=1.0, softcap=None):
+    """Loss and gradients of sum(w * nll) in float64, with every logit in memory."""
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    z = leaves[0] @ leaves[1].T + (leaves[2] if bias is not None else 0)
+    z = z * scale
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    nll = torch.nn.functional.cross_entropy(z, targets, reduction="none")
+    if callable(weights):
+        weights = weights(z.detach(), targets)
+    (nll * weights.double()).sum().backward()
+    return (nll * weights).sum().detach(), nll.detach(), [leaf.grad for leaf in leaves]
+
+
+def check(hidden, weight, bias, targets, ours, expected, tolerance):
+    loss, nll, gradients = expected
+    ours.loss.backward()
+    assert float((ours.loss.double() - loss).abs()) <= tolerance * max(1, float(nll.sum()))
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    for leaf, wanted in zip(leaves, gradients, strict=True):
+        error = (leaf.grad.double() - wanted).norm()
+        assert error <= tolerance * wanted.norm() + 1e-12
+
+
+@pytest.mark.parametrize("weights", ["random", "ones", "zeros", "one", "negative", "sparse"])
+@pytest.mark.parametrize("head", [(1.0, None), (0.5, None), (1.0, 4.0)])
+def test_gradients_equal_the_naive_ones(weights, head, monkeypatch):
+    monkeypatch.setattr(loss_module, "_CHUNK_ROWS", (1, 7))  # odd chunk edges
+    hidden, weight, bias, targets = case(40, seed=len(weights))
+    values = {
+        "random": torch.rand(40), "ones": torch.ones(40), "zeros": torch.zeros(40),
+        "one": torch.eye(40)[3], "negative": torch.randn(40),
+        "sparse": torch.rand(40) * (torch.rand(40) < 0.3),
+    }[weights]  # fmt: skip
+    chosen, prior = given_weights(values)
+    ours = weighted_loss(hidden, Head(weight, bias, *head), targets, chosen, prior)
+    expected = naive(hidden, weight, bias, targets, values, *head)
+    check(hidden, weight, bias, targets, ours, expected, 1e-5)
+    assert torch.equal(ours.weights, values)
+
+
+@pytest.mark.parametrize("name", ["prob", "mass"])
+def test_online_rules_weigh_with_the_models_own_statistics(name, monkeypatch):
+    monkeypatch.setattr(loss_module, "_CHUNK_ROWS", (1, 7))
+    hidden, weight, bias, targets = case(40, seed=5)
+    chosen = weigher(name, "online", {})
+
+    def weights(z, y):
+        return chosen(token_stats(z.float(), y))
+
+    expected = naive(hidden, weight, bias, targets, weights)
+    ours = weighted_loss(hidden, Head(weight, bias), targets, chosen, None)
+    check(hidden, weight, bias, targets, ours, expected, 1e-5)
+    torch.testing.assert_close(ours.nll.double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_no_worse_than_naive_bfloat16():
+    hidden, weight, bias, targets = case(64, seed=9, dtype=torch.bfloat16)
+    values = torch.rand(64)
+    chosen, prior = given_weights(values)
+    truth = naive(hidden, weight, bias, targets, values)[2]
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
+    z = (leaves[0] @ leaves[1].T + leaves[2]).float()
+    nll = torch.nn.functional.cross_entropy(z, targets, reduction="none")
+    (nll * values).sum().backward()
+    weighted_loss(hidden, Head(weight, bias), targets, chosen, prior).loss.backward()
+    for ours, plain, exact in zip((hidden, weight, bias), leaves, truth, strict=True):
+        budget = (plain.grad.double() - exact).norm()
+        assert (ours.grad.double() - exact).norm() <= budget * 1.05
+
+
+def test_by_hand():
+    # Two equally likely tokens: nll = log 2 = 0.693 each; weights 1 and 0.5 give 1.5 log 2.
+    chosen, prior = given_weights(torch.tensor([1.0, 0.5]))
+    head = Head(torch.zeros(2, H))
+    out = weighted_loss(torch.zeros(2, H), head, torch.tensor([0, 1]), chosen, prior)
+    assert float(out.loss) == pytest.approx(1.0397207708, rel=1e-6)
+
+
+def test_rows_of_weight_zero_are_not_run_unless_asked():
+    hidden, weight, bias, targets = case(6, seed=2)
+    chosen, prior = given_weights(torch.tensor([1.0, 0, 0, 2, 0, 1]))
+    head = Head(weight, bias)
+    lean = weighted_loss(hidden, head, targets, chosen, prior)
+    assert lean.nll.isnan().tolist() == [False, True, True, False, True, False]
+    full = weighted_loss(hidden, head, targets, chosen, prior, every_nll=True)
+    assert torch.equal(full.loss, lean.loss)
+    torch.testing.assert_close(
+        full.nll.double(), naive(hidden, weight, bias, targets, torch.ones(6))[1],
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_no_label_token_at_all():
+    hidden, weight, bias, targets = case(0, seed=3)
+    out = weighted_loss(hidden, Head(weight, bias), targets, *given_weights(torch.zeros(0)))
+    out.loss.backward()
+    assert float(out.loss.detach()) == 0 and float(weight.grad.abs().sum()) == 0
+
+
+def test_gradients_that_nobody_needs_are_not_made():
+    hidden, weight, _, targets = case(9, seed=4, bias=False)
+    head = Head(weight.detach())
+    out = weighted_loss(hidden, head, targets, weigher("uniform", None, {}), None)
+    assert out.loss.grad_fn.grads[1] is None
+    out.loss.backward()
+    assert hidden.grad is not None
+    with torch.no_grad():
+        out = weighted_loss(hidden, head, targets, weigher("uniform", None, {}), None)
+    assert not out.loss.requires_grad
+
+
+def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients():
+    hidden, weight, bias, targets = case(30, seed=6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = weighted_loss(hidden, Head(weight, bias), targets, weigher("uniform", None, {}), None)
+    out.loss.backward()
+    assert weight.grad.dtype == torch.float32
+    rounded = [x.detach().bfloat16() for x in (hidden, weight, bias)]
+    exact = naive(*rounded, targets, torch.ones(30))
+    torch.testing.assert_close(out.nll.double(), exact[1], rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 1000))
+def test_any_chunking_gives_the_same_loss(rows, chunk, seed):
+    hidden, weight, bias, targets = case(rows, seed)
+    chosen, prior = given_weights(torch.rand(rows) - 0.3)
+    losses = []
+    for size in ((chunk, chunk), (64, 1024)):
+        kept, loss_module._CHUNK_ROWS = loss_module._CHUNK_ROWS, size
+        try:
+            losses.append(weighted_loss(hidden, Head(weight, bias), targets, chosen, prior).loss)
+        finally:
+            loss_module._CHUNK_ROWS = kept
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
