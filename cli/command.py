@@ -56,21 +56,36 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
     try:
         with open(path) as file:
             values = yaml.safe_load(file) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise click.ClickException(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
         raise click.ClickException(f"--config {path}: wanted a mapping of options to values")
-    values = {str(k).replace("-", "_"): v for k, v in values.items()}
-    known = {p.name for p in ctx.command.params} - {"config", "training_flags"}
-    ctx.obj = values.pop(TRAINING, None) or {} if TRAINING in ctx.command.config_keys else {}
-    unknown = sorted(set(values) - known)
+    values = {str(k).replace("-", "_"): v for k, v in values.items() if v is not None}
+    known = {p.name: p for p in ctx.command.params if p.name not in ("config", "training_flags")}
+    if TRAINING in ctx.command.config_keys:
+        ctx.obj = values.pop(TRAINING, {})
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise click.ClickException(
             f"--config {path}: unknown key {unknown[0]!r}. Known: {', '.join(sorted(known))}"
-            + "".join(f", {k}" for k in ctx.command.config_keys)
+            + "".join(f"; TrainingArguments go below {k}:" for k in ctx.command.config_keys)
         )
+    for name, value in values.items():
+        values[name] = _as_typed(value, known[name], f"--config {path}: {name}")
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
+
+
+def _as_typed(value: Any, option: click.Parameter, place: str) -> Any:
+    """The value as the command line would have it: text, or a list of texts."""
+    listed = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not option.multiple:
+        raise click.ClickException(f"{place}: found a list; wanted a single value")
+    for one in listed:
+        if not isinstance(one, (str, int, float)):
+            raise click.ClickException(f"{place}: found {one!r}; wanted text, a number or a flag")
+    texts = [str(one) for one in listed]
+    return texts if option.multiple else texts[0]
 
 
 def resolved(ctx: click.Context) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from typing import Any
 
 import click
 
+from prift.errors import OptionError
+
 from .command import TRAINING, Command, common, key_values, quiet, resolved, say
 from .options import attention, data_options, data_spec, dtype_choice
 
@@ -12,6 +14,13 @@ class TrainCommand(Command):
     """Its config file may also hold TrainingArguments."""
 
     config_keys = (TRAINING,)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            error.message += " Flags of transformers.TrainingArguments go behind a lone --."
+            raise
 
 
 @click.command(cls=TrainCommand)
@@ -54,7 +63,14 @@ class TrainCommand(Command):
 @attention
 @click.option("--lora-r", type=click.IntRange(min=1), metavar="N", help="Train a LoRA of rank N.")
 @click.option("--lora-alpha", type=float, metavar="A", help="LoRA scale.  [default: 2 N]")
-@click.option("--lora-dropout", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option(
+    "--lora-dropout",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    metavar="P",
+    help="Dropout in front of the LoRA.",
+)
 @click.option(
     "--lora-target",
     default="all-linear",
@@ -72,7 +88,7 @@ class TrainCommand(Command):
 )
 @click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
 @common
-@click.argument("training_flags", nargs=-1, type=click.UNPROCESSED)
+@click.argument("training_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- FLAGS...]")
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -95,33 +111,49 @@ def train(
       prift train --model Qwen/Qwen2.5-1.5B --data train.jsonl --cache prior-cache \\
         --method prift-mass --output out -- --bf16 --learning_rate 5e-5 --num_train_epochs 1
     """
+    if (method is None) == (rule is None) or (method and source):
+        raise OptionError("choose one of --method NAME, or --rule NAME with --source prior|online.")
+    if options["merge"] and not options["lora_r"]:
+        raise OptionError("--merge merges an adapter: it needs --lora-r.")
+
     import json
+    import sys
+    from contextlib import redirect_stdout
     from dataclasses import asdict
 
+    import torch.distributed
+
     from prift.arguments import training_arguments
-    from prift.errors import OptionError
+    from prift.ranks import is_rank_zero
     from prift.rules import METHODS, weigher
     from prift.train import TrainOptions
     from prift.train import train as run
 
-    if (method is None) == (rule is None) or (method and source):
-        raise OptionError("choose one of --method NAME, or --rule NAME with --source prior|online.")
     if method:
         rule, source = METHODS[method]
     arguments = key_values(rule_arg, "--rule-arg") | ({"ties": ties} if ties else {})
     chosen = weigher(rule, source, arguments)
-    if options["merge"] and not options["lora_r"]:
-        raise OptionError("--merge merges an adapter: it needs --lora-r.")
     quiet()
     kept = resolved(ctx)
     spec = data_spec(options)
     del options["config"], options["debug"]
     settings, given = training_arguments(
-        options["output"], ctx.obj or {}, training_flags, bool(options["eval_data"])
+        options["output"],
+        {} if ctx.obj is None else ctx.obj,
+        training_flags,
+        bool(options["eval_data"]),
     )
-    result = run(
-        TrainOptions(spec=spec, weigher=chosen, **options), settings, kept | {TRAINING: given}, say
-    )
+    with redirect_stdout(sys.stderr):  # Trainer prints its logs; stdout is for the result
+        result = run(
+            TrainOptions(spec=spec, weigher=chosen, **options),
+            settings,
+            kept | {TRAINING: given},
+            say,
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads would abort the exit now and then
+    if not is_rank_zero():
+        return
     if json_output:
         click.echo(json.dumps(asdict(result)))
         return

@@ -64,8 +64,10 @@ def _defaults(given: Mapping[str, Any], has_eval_data: bool) -> dict[str, Any]:
         "train_sampling_strategy": "group_by_length",  # random batches pad half as much again
         "logging_steps": 10,
         "logging_nan_inf_filter": False,  # it would show a loss of 0 where there is none
+        "log_level_replica": "error",
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # every parameter has a gradient, if only zero
     }
     if has_eval_data:
         defaults |= _evaluation(given)
@@ -74,14 +76,16 @@ def _defaults(given: Mapping[str, Any], has_eval_data: bool) -> dict[str, Any]:
 
 def _evaluation(given: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluates each epoch, or as often as is saved; the best model is the one of least nll."""
-    by_steps = "eval_steps" in given or given.get("save_strategy") == "steps"
+    by_steps = {"eval_steps", "save_steps"} & set(given) or given.get("save_strategy") == "steps"
     strategy = given.get("eval_strategy", "steps" if by_steps else "epoch")
     defaults: dict[str, Any] = {"eval_strategy": strategy}
-    if given.get("load_best_model_at_end"):
+    if strategy == "steps":
+        defaults["eval_steps"] = given.get("save_steps", 500)
+    best = given.get("load_best_model_at_end")
+    if best:
         defaults["save_strategy"] = strategy
-        if "eval_steps" in given:
-            defaults["save_steps"] = given["eval_steps"]
-    if given.get("load_best_model_at_end") or given.get("save_strategy") == "best":
+        defaults["save_steps"] = given.get("eval_steps", 500)
+    if best or given.get("save_strategy") == "best":
         defaults["metric_for_best_model"] = "nll"
         if "metric_for_best_model" not in given:
             defaults["greater_is_better"] = False

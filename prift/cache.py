@@ -9,6 +9,7 @@ Writers need no lock. This module knows no text and no model.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,11 @@ def list_priors(root: str | Path) -> dict[str, PriorIdentity]:
     """Every prior in the cache by its id. An absent root holds none. Raises CacheError."""
     found = {}
     for file in sorted(Path(root).expanduser().glob("*/prior.json")):
-        found[file.parent.name] = identity = PriorIdentity.parse(file.read_text(), str(file))
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CacheError(f"{file} cannot be read: {error}") from error
+        found[file.parent.name] = identity = PriorIdentity.parse(text, str(file))
         if identity.id != file.parent.name:
             raise CacheError(f"{file} does not belong there: it describes prior {identity.id}")
     return found
@@ -40,6 +45,9 @@ class PriorCache:
     cache = PriorCache(root, identity)
     todo = cache.missing(keys, wanted_spans, ("logprob",))
     values = cache.read(keys, wanted_spans, ("logprob",))["logprob"]
+
+    Rows are numbered part after part, row group after row group. The hash of a part is checked
+    before its statistics are used for the first time. Raises CacheError for a part that is none.
     """
 
     def __init__(self, root: str | Path, identity: PriorIdentity):
@@ -50,44 +58,55 @@ class PriorCache:
         self._load_index()
 
     def _load_index(self) -> None:
-        """Keys, spans and places of all rows, sorted by key; equal keys in the order of parts."""
-        self._paths = sorted(self.parts_folder.glob("*.parquet"))
-        self._columns = [parts.part_columns(p) for p in self._paths]
-        keys, owner, row, flat, counts = [], [], [], [], []
+        """Keys and spans of all rows, and the order of rows by key. Of rows with equal keys the
+        first by part name comes first, but any in half precision after all others."""
+        paths = sorted(self.parts_folder.glob("[!.]*.parquet"))
+        found = [(path, *parts.part_columns(path)) for path in paths]
+        found.sort(key=lambda part: part[2])
+        self._paths = [path for path, _, _ in found]
+        self._columns = [set(names) for _, names, _ in found]
+        keys, flat, counts = [np.zeros(0, "S16")], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        self._groups: list[tuple[int, int]] = []  # part and number within it
+        group_rows: list[int] = []
         for number, path in enumerate(self._paths):
-            at = 0
-            for group in parts.read_row_groups(path, ["key", "length", "spans"]):
-                values, lengths = group["spans"]
+            columns = ["key", "length", "spans"]
+            for at, group in enumerate(parts.read_row_groups(path, columns, verify=True)):
+                values, sizes = group["spans"]
+                if not spans.all_valid(values, sizes, group["length"]):
+                    raise parts.damaged(path, "a row's spans are no runs within its sequence")
                 keys.append(group["key"])
-                owner.append(np.full(len(lengths), number, np.int32))
-                row.append(np.arange(at, at + len(lengths), dtype=np.int64))
                 flat.append(values)
-                counts.append(lengths)
-                at += len(lengths)
-        self._keys = np.concatenate(keys) if keys else np.zeros(0, "S16")
-        self._owner = np.concatenate(owner) if owner else np.zeros(0, np.int32)
-        self._row = np.concatenate(row) if row else np.zeros(0, np.int64)
-        self._spans = np.concatenate(flat) if flat else np.zeros(0, np.int32)
-        counts = np.concatenate(counts) if counts else np.zeros(0, np.int64)
-        self._span_ends = np.cumsum(counts)
-        self._order = np.argsort(self._keys, kind="stable")
-        self._sorted = self._keys[self._order]
+                counts.append(sizes)
+                self._groups.append((number, at))
+                group_rows.append(len(sizes))
+        self._spans, self._counts = np.concatenate(flat), np.concatenate(counts)
+        self._span_begins = np.cumsum(self._counts) - self._counts
+        runs = np.concatenate(
+            [[0], np.cumsum(self._spans[1::2].astype(np.int64) - self._spans[::2])]
+        )
+        begins = self._span_begins // 2
+        self._tokens = runs[begins + self._counts // 2] - runs[begins]
+        self._group_ends = np.cumsum(group_rows, dtype=np.int64)
+        owners = np.array([number for number, _ in self._groups], np.int32)
+        self._owner = np.repeat(owners, np.array(group_rows, np.int64))
+        self._halves = _halves(np.concatenate(keys))
+        self._order = np.argsort(self._halves[:, 0], kind="stable")
+        self._sorted = self._halves[self._order, 0]
 
     def __len__(self) -> int:
         """Rows stored, duplicates included."""
-        return len(self._keys)
+        return len(self._halves)
 
     def missing(
         self, keys: np.ndarray, wanted: Sequence[np.ndarray], names: Sequence[str]
     ) -> list[int]:
-        """Indices of the sequences that no stored row serves.
+        """Indices of the sequences that no stored row serves, ascending.
 
         keys    'S16' [N], from `sequence_key`
         wanted  N arrays of spans: the positions asked for
         names   statistics asked for
         """
-        places = self._find(keys, wanted, names)
-        return [i for i, place in enumerate(places) if place < 0]
+        return np.flatnonzero(self._find(keys, *_flat(wanted), names) < 0).tolist()
 
     def read(
         self, keys: np.ndarray, wanted: Sequence[np.ndarray], names: Sequence[str]
@@ -97,73 +116,108 @@ class PriorCache:
         Raises MissingPrior where a sequence has no row (use `missing` to say which), CacheError
         where a part does not match the hash in its name or a row contradicts its own spans.
         """
-        places = self._find(keys, wanted, names)
-        if (places < 0).any():
-            raise MissingPrior(f"{int((places < 0).sum())} sequences have no row")
-        ends = np.cumsum([spans.count(s) for s in wanted])
-        total = int(ends[-1]) if len(ends) else 0
-        out = {n: np.empty(total, parts.COLUMN_TYPES[n]) for n in names}
-        by_part = np.argsort(self._owner[places] if len(places) else places, kind="stable")
-        at = 0
-        while at < len(by_part):
-            number = self._owner[places[by_part[at]]]
-            stop = at
-            while stop < len(by_part) and self._owner[places[by_part[stop]]] == number:
-                stop += 1
-            self._read_part(int(number), by_part[at:stop], places, wanted, ends, out)
-            at = stop
+        flat, counts = _flat(wanted)
+        rows = self._find(keys, flat, counts, names)
+        if (rows < 0).any():
+            raise MissingPrior(f"{int((rows < 0).sum())} sequences have no row")
+        copy = _Copy(self._cover(rows, flat, counts)[1], flat, counts)
+        out = {n: np.empty(copy.total, parts.COLUMN_TYPES[n]) for n in names}
+        chosen = np.argsort(rows, kind="stable")  # sequences in the order of the rows they need
+        group = np.searchsorted(self._group_ends, rows[chosen], "right")
+        needed = np.unique(group).tolist()
+        for number, own in itertools.groupby(needed, key=lambda g: self._groups[g][0]):
+            self._read_part(self._paths[number], list(own), rows, chosen, group, copy, out)
         return out
 
     def _find(
-        self, keys: np.ndarray, wanted: Sequence[np.ndarray], names: Sequence[str]
+        self, keys: np.ndarray, flat: np.ndarray, counts: np.ndarray, names: Sequence[str]
     ) -> np.ndarray:
-        """Index of the row that serves each sequence, the first by part name; -1 = none."""
-        covers = np.array([set(names) <= set(c) for c in self._columns], bool)
-        first = np.searchsorted(self._sorted, keys, "left")
-        last = np.searchsorted(self._sorted, keys, "right")
-        places = np.full(len(keys), -1, np.int64)
-        for i in np.flatnonzero(last > first):
-            for place in self._order[first[i] : last[i]]:
-                if covers[self._owner[place]] and self._serves(place, wanted[i]):
-                    places[i] = place
-                    break
-        return places
+        """The row that serves each sequence, the first in the order of rows; -1 = none."""
+        holds = np.array([set(names) <= columns for columns in self._columns], bool)
+        halves = _halves(keys)
+        at = np.searchsorted(self._sorted, halves[:, 0])
+        begins = np.cumsum(counts) - counts
+        found = np.full(len(keys), -1, np.int64)
+        todo = np.arange(len(keys))
+        while True:  # once per row that some key has
+            todo = todo[at[todo] < len(self._sorted)]
+            todo = todo[self._sorted[at[todo]] == halves[todo, 0]]
+            if not len(todo):
+                return found
+            rows = self._order[at[todo]]
+            own = flat[spans.joined(begins[todo], counts[todo])]
+            serves = self._cover(rows, own, counts[todo])[0] & holds[self._owner[rows]]
+            serves &= self._halves[rows, 1] == halves[todo, 1]
+            found[todo[serves]] = rows[serves]
+            todo = todo[~serves]
+            at[todo] += 1
 
-    def _row_spans(self, place: int) -> np.ndarray:
-        return self._spans[self._span_ends[place - 1] if place else 0 : self._span_ends[place]]
-
-    def _serves(self, place: int, wanted: np.ndarray) -> bool:
-        stored = self._row_spans(place)
-        return stored.tobytes() == wanted.tobytes() or spans.find(stored, wanted) is not None
+    def _cover(
+        self, rows: np.ndarray, wanted: np.ndarray, wanted_counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`spans.cover` of these rows."""
+        counts = self._counts[rows]
+        stored = self._spans[spans.joined(self._span_begins[rows], counts)]
+        return spans.cover(stored, counts, wanted, wanted_counts)
 
     def _read_part(
         self,
-        number: int,
+        path: Path,
+        needed: list[int],
+        rows: np.ndarray,
         chosen: np.ndarray,
-        places: np.ndarray,
-        wanted: Sequence[np.ndarray],
-        ends: np.ndarray,
+        group: np.ndarray,
+        copy: "_Copy",
         out: dict[str, np.ndarray],
     ) -> None:
-        path = self._paths[number]
+        """Fills in what these row groups of a part have: chosen = sequences in the order of their
+        rows, group = each one's row group."""
         if path not in self._checked:
             parts.check_hash(path)
             self._checked.add(path)
-        chosen = chosen[np.argsort(self._row[places[chosen]], kind="stable")]
-        rows, at, base = self._row[places[chosen]], 0, 0
-        for group in parts.read_row_groups(path, list(out)):
-            starts = {n: np.cumsum(group[n][1]) - group[n][1] for n in out}
-            size = len(next(iter(starts.values())))
-            while at < len(chosen) and rows[at] < base + size:
-                i, local = chosen[at], rows[at] - base
-                stored = self._row_spans(places[i])
-                index = spans.find(stored, wanted[i])
-                for name, target in out.items():
-                    values, counts = group[name]
-                    if counts[local] != spans.count(stored):
-                        raise CacheError(f"{path}: a row's {name} contradicts its spans")
-                    begin = starts[name][local]
-                    row = values[begin : begin + counts[local]]
-                    target[ends[i] - len(index) : ends[i]] = row[index]
-                at += 1
-            base += size
+        within = [self._groups[g][1] for g in needed]
+        for g, values in zip(needed, parts.read_row_groups(path, list(out), within), strict=True):
+            first = self._group_ends[g - 1] if g else 0
+            tokens = self._tokens[first : self._group_ends[g]]
+            for name, (_, sizes) in values.items():
+                if not np.array_equal(sizes, tokens):
+                    raise parts.damaged(path, f"a row's {name} contradict its spans")
+            begins = np.cumsum(tokens) - tokens
+            own = chosen[slice(*np.searchsorted(group, [g, g + 1]))]
+            source, target = copy.indices(own, begins[rows[own] - first])
+            for name, (flat, _) in values.items():
+                out[name][target] = flat[source]
+
+
+class _Copy:
+    """Where each wanted run comes from and goes to.
+
+    offsets       of each wanted run within its row's values
+    flat, counts  the wanted runs, row by row
+    """
+
+    def __init__(self, offsets: np.ndarray, flat: np.ndarray, counts: np.ndarray):
+        self._offsets, self._runs = offsets, counts // 2
+        self._first = np.cumsum(self._runs) - self._runs
+        self._sizes = flat[1::2].astype(np.int64) - flat[::2]
+        ends = np.cumsum(self._sizes)
+        self._targets = ends - self._sizes
+        self.total = int(ends[-1]) if len(ends) else 0
+
+    def indices(self, sequences: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, target) of every value of these sequences, whose rows' values begin there."""
+        runs = spans.joined(self._first[sequences], self._runs[sequences])
+        begins = np.repeat(begins, self._runs[sequences]) + self._offsets[runs]
+        sizes = self._sizes[runs]
+        return spans.joined(begins, sizes), spans.joined(self._targets[runs], sizes)
+
+
+def _halves(keys: np.ndarray) -> np.ndarray:
+    """uint64 [N, 2] of 'S16' keys: found several times faster than bytes are."""
+    return np.ascontiguousarray(keys, "S16").view(np.uint64).reshape(-1, 2)
+
+
+def _flat(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of runs as one array, and int64 [R], how many entries each has."""
+    counts = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.concatenate([np.zeros(0, np.int32), *rows]), counts

@@ -49,7 +49,7 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         places = np.flatnonzero(item["labels"] != -100)
         for name, values in item["prior"].items():
             prior[name][b, places] = values
-    positions = np.ascontiguousarray(np.broadcast_to(np.arange(shape[1]), shape))
+    positions = np.tile(np.arange(shape[1]), (shape[0], 1))
     batch: dict[str, Any] = {
         "input_ids": ids,
         "attention_mask": mask,

@@ -110,7 +110,7 @@ def label_spans(
     for begin, end in trained:
         mask |= (starts >= begin) & (ends <= end) & (starts < end)
         crossing |= (starts < begin) & (ends > begin) | (starts < end) & (ends > end)
-    return mask & ~crossing, int(crossing.sum())
+    return mask, int(crossing.sum())
 
 
 def _finish(

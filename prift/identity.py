@@ -4,9 +4,11 @@ Files are hashed once and remembered by path, size, modification time and inode.
 folders and JSON; knows no tensors.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ _NOT_NUMBERS = frozenset(
     "_name_or_path _commit_hash _attn_implementation_autoset transformers_version dtype "
     "torch_dtype use_cache cache_implementation".split()
 )
+_SETTLED_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,27 +116,34 @@ def file_digest(path: Path) -> str:
     """sha256 of a file, hex; remembered until its size, modification time or inode change."""
     status = path.stat()
     stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
-    memory = cache_home() / "file-hashes.json"
+    memory, key = cache_home() / "file-hashes.json", str(path.resolve())
+    match _known(memory).get(key):
+        case [*known, str(digest)] if known == stamp:
+            return digest
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    # A file written just now may be written again without its time stamp showing it.
+    if abs(time.time() - status.st_mtime) > _SETTLED_SECONDS:
+        _remember(memory, key, [*stamp, digest])
+    return digest
+
+
+def _known(memory: Path) -> dict[str, Any]:
+    """What the memory of hashes holds; nothing where it is absent or no such memory."""
     try:
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
-        known = {}
-    entry = known.get(str(path.resolve())) if isinstance(known, dict) else None
-    if isinstance(entry, list) and entry[:3] == stamp:
-        return entry[3]
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _remember(memory, str(path.resolve()), [*stamp, digest])
-    return digest
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _remember(memory: Path, key: str, entry: list) -> None:
     """Adds one entry to the memory of hashes. It saves time only, so failing to is no error."""
+    beside = memory.with_name(f".{memory.name}.{os.getpid()}")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        known = json.loads(memory.read_text()) if memory.exists() else {}
-        beside = memory.with_name(f".{memory.name}.{os.getpid()}")
-        beside.write_text(json.dumps({**known, key: entry}))
+        beside.write_text(json.dumps({**_known(memory), key: entry}))
         os.replace(beside, memory)
-    except (OSError, ValueError, TypeError):
-        pass
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

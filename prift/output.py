@@ -1,11 +1,13 @@
 """The output folder of a training run: what may be resumed there, and what a full disk says."""
 
 import json
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError
 
@@ -49,14 +51,23 @@ def writing(output: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save fails with a RuntimeError of its archive writer.
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        if isinstance(error, RuntimeError) and not _is_of_torch_save(error):
             raise
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        if isinstance(error, RuntimeError):
+            reason = f"torch.save stopped short, as on a full disk ({reason})"
         raise PriftError(
             f"cannot write to --output {output}: {reason}. Whole checkpoints in it are kept; once "
             "there is room and permission, go on from the last with --resume."
         ) from error
+
+
+def _is_of_torch_save(error: BaseException) -> bool:
+    """torch.save fails with a RuntimeError of its archive writer, whose words vary."""
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        c.co_name == "save" and c.co_filename == torch.serialization.__file__ for c in frames
+    )
 
 
 def write_options(output: str, resolved: Mapping[str, Any]) -> None:

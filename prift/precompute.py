@@ -7,7 +7,7 @@ was killed, and scores nothing once all is there.
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -115,8 +115,9 @@ def precompute(
 def _score(
     scorer: Scorer, examples: Examples, todo: Request, writer: CacheWriter, total: int
 ) -> None:
-    sequences = _Picked(examples, todo)
-    positions = [spans.positions_of(s) for s in todo.spans]
+    size = len(todo.keys)
+    sequences = _Lazy(size, lambda i: examples[int(todo.index[i])].input_ids)
+    positions = _Lazy(size, lambda i: spans.positions_of(todo.spans[i]))
     with progress("scoring", total=total, unit="tok") as advance:
         try:
             for i, stats in scorer.score(sequences, positions):
@@ -132,19 +133,19 @@ def _score(
             ) from error
 
 
-class _Picked:
-    """The token ids of the examples that a request stands for, without copying them."""
+class _Lazy(Sequence):
+    """A sequence whose items are made when asked for, so that memory stays flat."""
 
-    def __init__(self, examples: Examples, chosen: Request):
-        self._examples, self._index = examples, chosen.index
+    def __init__(self, size: int, get: Callable[[int], Any]):
+        self._size, self._get = size, get
 
     def __len__(self) -> int:
-        return len(self._index)
+        return self._size
 
-    def __getitem__(self, i: int) -> Any:
-        if i >= len(self._index):
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self._size:
             raise IndexError(i)
-        return self._examples[int(self._index[i])].input_ids
+        return self._get(i)
 
 
 def _provenance(

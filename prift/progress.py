@@ -5,6 +5,7 @@ with progress("scoring", total=n, unit="tok") as advance:
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -35,11 +36,11 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Callabl
     )
     with bar:
         task = bar.add_task(description, total=total, rate="")
+        started = time.monotonic()
 
         def advance(amount: int) -> None:
             bar.advance(task, amount)
-            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
-            if speed:
-                bar.update(task, rate=f"{speed:,.0f} {unit}/s")
+            rate = bar.tasks[0].completed / (time.monotonic() - started)
+            bar.update(task, rate=f"{rate:,.0f} {unit}/s")
 
         yield advance

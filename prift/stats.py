@@ -16,6 +16,7 @@ above, because near either end only the logarithm keeps its digits. This module 
 logits; it knows no model, no text and no file.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -79,29 +80,35 @@ def token_stats(logits_NV: Tensor, targets_N: Tensor, block_rows: int | None = N
     N, V = logits_NV.shape
     if block_rows is None:
         block_rows = N if logits_NV.is_cuda else max(1, (1 << 20) // V)
-    blocks = [
-        _block_stats(logits_NV[i : i + block_rows].float(), targets_N[i : i + block_rows], i)
-        for i in range(0, N, max(1, block_rows))
-    ]
+    size = max(1, min(block_rows, N))
+    scratch_3RV = torch.empty(3, size, V, dtype=torch.float32, device=logits_NV.device)
+    blocks = []
+    for i in range(0, N, size):
+        z_RV, y_R = logits_NV[i : i + size].float(), targets_N[i : i + size]
+        blocks.append(_block_stats(z_RV, y_R, scratch_3RV[:, : len(z_RV)], i))
     if not blocks:
-        empty = _block_stats(logits_NV.new_zeros(1, V).float(), targets_N.new_zeros(1), 0)
-        return empty.map(lambda x: x[:0])
+        one = _block_stats(scratch_3RV[0].zero_(), targets_N.new_zeros(1), scratch_3RV[:, :1], 0)
+        return one.map(lambda x: x[:0])
     return TokenStats.concatenate(blocks)
 
 
-def _block_stats(z_RV: Tensor, y_R: Tensor, first_row: int) -> TokenStats:
+def _block_stats(z_RV: Tensor, y_R: Tensor, scratch_3RV: Tensor, first_row: int) -> TokenStats:
+    """Statistics of a block. Masks are floats in reused memory: several times faster than bools."""
+    V = z_RV.shape[1]
     top_R = z_RV.amax(1, keepdim=True)
     if not torch.isfinite(top_R).all():
         raise NotADistribution(first_row + int((~torch.isfinite(top_R[:, 0])).nonzero()[0]))
     target_R = z_RV.gather(1, y_R[:, None])
-    above_RV, tied_RV = z_RV > target_R, z_RV == target_R
-    rank, n_tie = 1 + above_RV.sum(1), tied_RV.sum(1)
+    e_RV, part_RV, shifted_RV = scratch_3RV
+    n_tie = _row_sum(torch.eq(z_RV, target_R, out=part_RV))
+    rank = 1 + V - _row_sum(torch.le(z_RV, target_R, out=part_RV))
 
-    shifted_RV = (z_RV - top_R).clamp_min_(-1e4)  # -inf would give 0 * inf below; exp(-1e4) is 0
-    e_RV = shifted_RV.exp()
+    torch.sub(z_RV, top_R, out=shifted_RV)
+    shifted_RV.clamp_min_(-1e4)  # -inf would give 0 * inf below; exp(-1e4) is 0
+    torch.exp(shifted_RV, out=e_RV)
     moment = _row_sum(shifted_RV.mul_(e_RV))
-    below_RV = e_RV.masked_fill(above_RV, 0)
-    below, above = _row_sum(below_RV), _row_sum(e_RV.sub_(below_RV))  # neither by subtraction
+    part_RV.mul_(e_RV)  # of tokens at or below the target; what is left is above: no subtraction
+    below, above = _row_sum(part_RV), _row_sum(e_RV.sub_(part_RV))
     total = below + above
 
     gap = (target_R - top_R)[:, 0].double()  # float32 values, so exact
@@ -114,13 +121,12 @@ def _block_stats(z_RV: Tensor, y_R: Tensor, first_row: int) -> TokenStats:
         log_mass[deep] = logprob[deep] + _log_mass_ratio(z_RV[deep], target_R[deep])
     log_mass = torch.where(target_R[:, 0] == -torch.inf, -torch.inf, log_mass)
     log_mass = torch.where(rank == 1, 0.0, log_mass.clamp_max(-torch.finfo(torch.float32).tiny))
-    entropy = (total.log() - moment / total).clamp(0, torch.tensor(float(z_RV.shape[1])).log())
     return TokenStats(
         logprob=logprob.clamp_max(0).float(),
         log_mass_rank=log_mass.float(),
         rank=rank.int(),
         n_tie=n_tie.int(),
-        entropy=entropy.float(),
+        entropy=(total.log() - moment / total).clamp(0, math.log(V)).float(),
     )
 
 
@@ -132,4 +138,8 @@ def _log_mass_ratio(z_RV: Tensor, target_R1: Tensor) -> Tensor:
 
 def _row_sum(x_RV: Tensor) -> Tensor:
     """Row sums in float64 of float32 partial sums over tiles of the vocabulary."""
-    return torch.stack([t.sum(1) for t in x_RV.split(_TILE, 1)], 1).double().sum(1)
+    whole = x_RV.shape[1] // _TILE * _TILE
+    rest = x_RV[:, whole:].sum(1, dtype=torch.float32).double()
+    if not whole:
+        return rest
+    return rest + x_RV[:, :whole].unflatten(1, (-1, _TILE)).sum(2).double().sum(1)

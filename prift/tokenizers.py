@@ -90,8 +90,8 @@ class Codec:
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
         self.eos: int | None = tokenizer.eos_token_id
-        self.prefix: list[int] = _prefix(tokenizer)
         self._fast = _bare_backend(tokenizer) if tokenizer.is_fast else None
+        self.prefix: list[int] = _prefix(tokenizer)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """`tokenizer(text, add_special_tokens=False)` of each text."""

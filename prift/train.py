@@ -18,7 +18,14 @@ from prift.errors import CacheError, OptionError
 from prift.forward import install
 from prift.identity import config_digest, weights_digest
 from prift.lora import base_of, with_lora
-from prift.models import attention_for, load_config, load_model, locate, weight_files
+from prift.models import (
+    attention_for,
+    checkpoint_dtype,
+    load_config,
+    load_model,
+    locate,
+    weight_files,
+)
 from prift.output import checkpoint_of, write_options, writing
 from prift.ranks import from_rank_zero, is_rank_zero
 from prift.request import choose_prior, read_prior
@@ -82,7 +89,7 @@ def train(
     model = load_model(
         folder,
         config,
-        dtype=options.dtype,
+        dtype=checkpoint_dtype(folder, config) if options.dtype == "auto" else options.dtype,
         attention=attention_for(config, options.attention),
         trust_remote_code=options.trust_remote_code,
     )

@@ -7,11 +7,7 @@ take half as much again and write eight times slower.
 """
 
 import contextlib
-import hashlib
-import os
-import socket
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +20,7 @@ import pyarrow.parquet as pq
 from prift import spans
 from prift.errors import CacheError
 from prift.identity import PriorIdentity
+from prift.newfile import NewFile
 from prift.parts import COLUMN_TYPES, schema
 
 _ROW_GROUP_TOKENS = 192 * 1024
@@ -56,7 +53,7 @@ class CacheWriter:
         with self._guard():
             self._folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "prior.json").exists():
-                _write_whole(folder / "prior.json", identity.json().encode())
+                _write_whole(folder, "prior.json", identity.json().encode())
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -115,14 +112,12 @@ class PartWriter:
     def __init__(self, folder: Path, names: tuple[str, ...], metadata: dict[str, str]):
         self.names, self.broken, self.tokens = names, False, 0
         self.started = time.monotonic()
-        self._folder, self._temporary = folder, folder / _temporary_name("part")
         self._schema = schema(names).with_metadata(metadata)
-        self._file = _HashingFile(self._temporary)
+        self._file = NewFile(folder)
         try:
             self._writer = self._open()
         except BaseException:
-            self._file.close()
-            self._temporary.unlink()
+            self._file.abandon()
             raise
         self._rows: list[tuple[bytes, int, np.ndarray, dict[str, np.ndarray]]] = []
         self._pending = 0
@@ -161,21 +156,16 @@ class PartWriter:
             self._write_row_group()
         self.broken = True
         self._writer.close()
-        digest = self._file.finish()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        path = self._folder / f"{stamp}-{digest[:32]}.parquet"
-        os.replace(self._temporary, path)
-        _fsync_folder(self._folder)
+        path = self._file.publish(f"{stamp}-{self._file.sha256()[:32]}.parquet")
         self.broken = False
         return path
 
     def abandon(self) -> None:
         """Removes what was written so far."""
-        self._file.discard()
+        self._file.abandon()
         with contextlib.suppress(pa.ArrowException, OSError):
             self._writer.close()  # or its finalizer would, later, and complain on stderr
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
 
     def _write_row_group(self) -> None:
         self.broken = True
@@ -194,69 +184,17 @@ class PartWriter:
         self._rows, self._pending, self.broken = [], 0, False
 
 
-class _HashingFile:
-    """A file that hashes what is written to it, in order. Unbuffered, so that closing it cannot
-    fail for want of room."""
-
-    def __init__(self, path: Path):
-        self._raw = open(path, "xb", buffering=0)
-        self._hash = hashlib.sha256()
-        self._discarding = False
-        self.closed = False
-
-    def write(self, data: Any) -> int:
-        rest = memoryview(data)
-        while len(rest) and not self._discarding:
-            written = self._raw.write(rest)
-            self._hash.update(rest[:written])
-            rest = rest[written:]
-        return len(data)
-
-    def flush(self) -> None:
-        pass
-
-    def finish(self) -> str:
-        os.fsync(self._raw.fileno())
-        self.close()
-        return self._hash.hexdigest()
-
-    def discard(self) -> None:
-        """From now on, what is written goes nowhere."""
-        self._discarding = True
-
-    def close(self) -> None:
-        self.closed = True
-        self._raw.close()
-
-
-def _temporary_name(of: str) -> str:
-    """Hidden, and random: a container started again has the same host name and process ids."""
-    return f".{of}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Writes a small file beside its place and moves it there, or leaves nothing."""
-    beside = path.with_name(_temporary_name(path.stem))
-    file = _HashingFile(beside)
-    try:
-        file.write(data)
-        file.finish()
-        os.replace(beside, path)
-    except BaseException:
-        file.close()
-        beside.unlink(missing_ok=True)
-        raise
-
-
 def _list_array(counts: list[int], values: np.ndarray) -> pa.Array:
     offsets = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=offsets[1:])
     return pa.ListArray.from_arrays(offsets, pa.array(values))
 
 
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _write_whole(folder: Path, name: str, data: bytes) -> None:
+    file = NewFile(folder)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        file.write(data)
+        file.publish(name)
+    except BaseException:
+        file.abandon()
+        raise

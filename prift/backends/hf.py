@@ -93,17 +93,15 @@ class HFScorer:
     ) -> Iterator[tuple[int, TokenStats]]:
         """See backends.Scorer."""
         for batch in batches_by_length([len(s) for s in sequences], self._batch_tokens):
-            counts = [len(positions[i]) for i in batch]
+            where = [positions[i] for i in batch]
+            ends = np.cumsum([len(p) for p in where])
             try:
-                stats = self._score_batch(
-                    [sequences[i] for i in batch], [positions[i] for i in batch]
-                )
+                stats = self._score_batch([sequences[i] for i in batch], where)
             except NotADistribution as error:
-                which = int(np.searchsorted(np.cumsum(counts), error.row, "right"))
-                row = error.row - sum(counts[:which])
-                raise BadLogits(batch[which], int(positions[batch[which]][row])) from error
-            ends = np.cumsum(counts)
-            for index, size, end in zip(batch, counts, ends, strict=True):
+                which = int(np.searchsorted(ends, error.row, "right"))
+                position = where[which][error.row - ends[which]]  # counted from the end
+                raise BadLogits(batch[which], int(position)) from error
+            for index, end, size in zip(batch, ends, map(len, where), strict=True):
                 yield index, stats.map(lambda x, a=end - size, b=end: x[a:b])
 
     @torch.inference_mode()

@@ -1,0 +1,89 @@
+"""Examples as padded batches, with the prior's values at their tokens' places."""
+
+import warnings
+
+import numpy as np
+import torch
+
+from prift.dataset import PriorDataset, collate
+from tests.test_request import examples
+
+ROWS = examples(([5, 6, 7, 8], "0101"), ([1, 2], "01"), ([9, 8, 7], "011"))
+PRIOR = {
+    "logprob": np.array([-0.5, -1.0, -1.5, -2.0, -2.5], np.float32),
+    "rank": np.array([1, 2, 3, 4, 5], np.int32),
+}
+
+
+def test_items_carry_their_own_statistics():
+    data = PriorDataset(ROWS, PRIOR)
+    assert len(data) == 3
+    items = [data[i] for i in range(3)]
+    assert [item["input_ids"].tolist() for item in items] == [[5, 6, 7, 8], [1, 2], [9, 8, 7]]
+    labels = [[-100, 6, -100, 8], [-100, 2], [-100, 8, 7]]
+    assert [item["labels"].tolist() for item in items] == labels
+    assert [item["prior"]["rank"].tolist() for item in items] == [[1, 2], [3], [4, 5]]
+    assert items[0]["input_ids"].dtype == items[0]["labels"].dtype == np.int64
+
+
+def test_items_of_repeated_examples():
+    repeated = examples(([5, 6, 7, 8], "0101"), ([1, 2], "01"), order=[1, 0, 1])
+    data = PriorDataset(repeated, {"rank": np.array([3, 1, 2, 4], np.int32)})
+    assert [data[i]["prior"]["rank"].tolist() for i in range(3)] == [[3], [1, 2], [4]]
+
+
+def test_batches_are_padded_on_the_right():
+    data = PriorDataset(ROWS, PRIOR)
+    batch = collate([data[2], data[0], data[1]])
+    expected = {
+        "input_ids": [[9, 8, 7, 0], [5, 6, 7, 8], [1, 2, 0, 0]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]],
+        "position_ids": [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]],
+        "labels": [[-100, 8, 7, -100], [-100, 6, -100, 8], [-100, 2, -100, -100]],
+    }
+    for name, values in expected.items():
+        assert batch[name].tolist() == values
+        assert batch[name].dtype == torch.int64
+    assert set(batch) == {*expected, "prior"}
+
+
+def test_prior_values_stand_at_their_tokens():
+    data = PriorDataset(ROWS, PRIOR)
+    prior = collate([data[2], data[0], data[1]])["prior"]
+    assert prior["rank"].tolist() == [[0, 4, 5, 0], [0, 1, 0, 2], [0, 3, 0, 0]]
+    assert prior["logprob"].tolist() == [[0, -2, -2.5, 0], [0, -0.5, 0, -1], [0, -1.5, 0, 0]]
+    assert prior["rank"].dtype == torch.int32
+    assert prior["logprob"].dtype == torch.float32
+
+
+def test_without_a_prior():
+    data = PriorDataset(ROWS, {})
+    assert data[0]["prior"] == {}
+    assert collate([data[0], data[1]])["prior"] == {}
+
+
+def test_batches_are_the_items_whatever_their_order():
+    data = PriorDataset(ROWS, PRIOR)
+    for order in ([0, 1, 2], [2, 1, 0], [1, 1], [0]):
+        batch = collate([data[i] for i in order])
+        for row, index in enumerate(order):
+            item = data[index]
+            size = len(item["input_ids"])
+            assert batch["input_ids"][row, :size].tolist() == item["input_ids"].tolist()
+            assert batch["attention_mask"][row].sum() == size
+            places = batch["labels"][row] != -100
+            for name, values in item["prior"].items():
+                assert batch["prior"][name][row, places].tolist() == values.tolist()
+                assert not batch["prior"][name][row, ~places].any()
+
+
+def test_every_tensor_can_be_written_to():
+    """Views of read-only or shared memory could not; a batch of one row was such a view."""
+    data = PriorDataset(ROWS, PRIOR)
+    for size in (1, 3):
+        with warnings.catch_warnings(action="error"):
+            batch = collate([data[i] for i in range(size)])
+        for tensor in [*(batch[n] for n in batch if n != "prior"), *batch["prior"].values()]:
+            expected = tensor.clone()
+            expected[0, 0] = tensor[0, 0] = 99
+            assert torch.equal(tensor, expected)

@@ -1,0 +1,144 @@
+"""The pages say what the program does: generated, complete, and with commands that parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from prift.rules import METHODS, RULES
+from prift.stats import CORE
+from prift_cli import main
+from prift_cli.docs import page
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md")) + sorted(ROOT.glob("*.md"))
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
+
+
+def headings(text: str) -> set[str]:
+    return {h.strip("`# ") for h in re.findall(r"^#+ .*$", _without_blocks(text), re.MULTILINE)}
+
+
+def _without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands_of(text: str) -> list[str]:
+    """Lines of ```bash blocks that begin with prift, continued lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("prift ")]
+
+
+def parse(line: str) -> dict:
+    """The options of a command line, which is not run."""
+    words = shlex.split(line, comments=True)[1:]
+    group = main.make_context("prift", list(words))
+    _, command, rest = main.resolve_command(group, words)
+    return command.make_context(command.name, rest, parent=group).params
+
+
+COMMANDS = [(name, line) for name, text in PAGES.items() for line in commands_of(text)]
+
+
+def test_cli_page_is_what_the_generator_prints():
+    shown = (ROOT / "docs" / "cli.md").read_text()
+    assert shown == page(), "run: python -m prift_cli.docs > docs/cli.md"
+
+
+def test_cli_page_has_every_command_and_option():
+    for command in main.commands.values():
+        assert f"## `prift {command.name}`" in page()
+        for option in command.params:
+            if option.opts[0].startswith("--"):
+                assert option.opts[0] in page()
+
+
+def test_every_rule_and_method_has_a_section():
+    assert set(RULES) | set(METHODS) <= headings(PAGES["docs/methods.md"])
+
+
+def test_every_option_of_a_rule_is_in_its_section():
+    text = PAGES["docs/methods.md"]
+    for name, rule in RULES.items():
+        section = re.split(r"^#+ ", text.partition(f"### `{name}`\n")[2], flags=re.MULTILINE)[0]
+        for option, parameter in rule.options().items():
+            row = re.search(rf"^\| `{option}` \| `?([^`|]*?)`? \|", section, re.MULTILINE)
+            assert row, f"{name}: {option} has no row"
+            assert type(parameter.default)(row[1]) == parameter.default, f"{name}: {option}"
+
+
+def test_method_table_is_the_one_in_the_code():
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| `(\w+)` \| `?(\w+)`? \|", PAGES["docs/methods.md"], re.MULTILINE
+    )
+    found = {name: (rule, None if source == "none" else source) for name, rule, source in rows}
+    assert found == METHODS
+
+
+def test_every_statistic_is_defined():
+    text = PAGES["docs/statistics.md"]
+    for name in CORE:
+        assert re.search(rf"^\| `{name}` \| \S", text, re.MULTILINE), name
+
+
+def test_every_metric_is_defined():
+    from prift.trainer import _SUMS, _ratios
+
+    metrics = _ratios(dict.fromkeys(_SUMS, 1.0))
+    assert {"nll", "drift", "nll_kept", "drift_kept"} < set(metrics)
+    for name in metrics:
+        assert f"`{name}`" in PAGES["docs/methods.md"], name
+
+
+def test_refused_training_arguments_are_named():
+    from prift.arguments import _REFUSED
+
+    for name in (*_REFUSED, "average_tokens_across_devices"):
+        assert f"`{name}" in PAGES["docs/methods.md"], name
+
+
+def test_there_are_commands_to_parse():
+    assert {"README.md", "docs/quickstart.md", "docs/methods.md"} <= {name for name, _ in COMMANDS}
+
+
+@pytest.mark.parametrize(("name", "line"), COMMANDS)
+def test_commands_parse(name, line):
+    from prift.arguments import training_arguments
+
+    given = parse(line)
+    assert given["model"] and given["data"], name
+    if flags := given.get("training_flags"):
+        training_arguments("out", {}, (*flags, "--use_cpu"), bool(given["eval_data"]))
+
+
+def test_a_command_that_is_wrong_does_not_parse():
+    import click
+
+    with pytest.raises(click.UsageError):
+        parse("prift train --model m --data d --output o --methods sft")
+    with pytest.raises(click.UsageError):
+        parse("prift precomput --model m --data d")
+
+
+def test_links_resolve():
+    seen = 0
+    for name, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", _without_blocks(text)):
+            if re.match(r"[a-z]+:", target):
+                continue
+            path, _, anchor = target.partition("#")
+            whole = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+            assert whole.exists(), f"{name} links to {target}"
+            seen += 1
+            if anchor:
+                titles = headings(whole.read_text())
+                slugs = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+                assert anchor in slugs, f"{name} links to {target}"
+    assert seen > 5
+
+
+def test_pages_that_the_readme_lists_are_all_there_is():
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{path.name})" in PAGES["README.md"], path.name

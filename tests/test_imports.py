@@ -1,0 +1,186 @@
+"""Which way the tree looks: a table of allowed imports, read from the sources.
+
+The arrow that may not be is train -> backends: it *is* "no reference model in memory".
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import cli_fixtures as cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LAYERS = {
+    # what a number is, and how a name is spelt: import nothing of prift but each other
+    0: {
+        "__init__",
+        "errors",
+        "stats",
+        "products",
+        "ranks",
+        "progress",
+        "spans",
+        "report",
+        "newfile",
+    },
+    # one concern each, on top of those
+    1: {"heads", "identity", "parts", "models", "lora", "messages", "rows", "tokenizers", "rules"},
+    # the cache and the text, put together of their parts
+    2: {"cache", "writer", "formats", "encode", "chat", "output", "watch", "arguments"},
+    # examples, the loss, who runs the prior
+    3: {"loader", "examples", "dataspec", "loss", "forward", "backends", "backends.hf"},
+    # what the commands share
+    4: {"request", "dataset", "trainer"},
+    # the two commands
+    5: {"precompute", "train"},
+}
+LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
+"""Module -> layer. A module imports its own layer and those below it, and never in a circle."""
+
+
+def source_of(folder: str) -> dict[str, Path]:
+    """Modules below the folder by their dotted name, relative to it."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    names = [f.relative_to(ROOT / folder).with_suffix("").as_posix() for f in files]
+    dotted = [n.replace("/", ".").removesuffix(".__init__") for n in names]
+    return dict(zip(dotted, files, strict=True))
+
+
+NUMBERS = {"errors", "stats", "products", "heads", "rules"}
+CACHE = {"errors", "identity", "spans", "parts", "newfile", "cache", "writer"}
+TEXT = {"errors", "progress", "report", "messages", "rows", "tokenizers", "formats", "encode"}
+TEXT |= {"chat", "loader", "examples"}
+REACH = {
+    # what a module may know, directly or through others
+    **{name: TEXT for name in TEXT},
+    **{name: CACHE for name in CACHE},
+    **{name: {"errors", "stats", "products"} for name in ("stats", "products", "heads")},
+    "rules": {"errors", "stats"},
+    "loss": NUMBERS,
+    "forward": NUMBERS | {"loss"},
+    "backends": NUMBERS | {"identity", "models"},
+    "backends.hf": NUMBERS | {"identity", "models", "backends"},
+    "models": {"errors"},
+}
+"""The text knows no tensors, the cache knows no text and no model, a backend knows only ids."""
+
+MODULES = {name: path for name, path in source_of("prift").items() if name != "__main__"}
+
+
+def imports(path: Path) -> set[str]:
+    """Everything that the file imports, anywhere in it: dotted names, members included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or path.parent.name == "cli", f"{path}: relative import"
+            module = node.module or "prift_cli"
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(name: str) -> set[str]:
+    """The modules of prift that a module of prift imports."""
+    found = {i.removeprefix("prift.") for i in imports(MODULES[name]) if i.startswith("prift.")}
+    return found & set(MODULES)
+
+
+def reachable(name: str) -> set[str]:
+    seen, todo = set(), [name]
+    while todo:
+        new = own_imports(todo.pop()) - seen
+        seen |= new
+        todo += new
+    return seen
+
+
+def test_the_table_names_every_module():
+    assert set(LAYER) == set(MODULES), "a module was added or removed: say here where it belongs"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_look_down(name):
+    for other in own_imports(name):
+        assert LAYER[other] <= LAYER[name], f"prift.{name} may not import prift.{other}"
+    assert name not in reachable(name), f"prift.{name} imports itself in a circle"
+
+
+@pytest.mark.parametrize("name", sorted(REACH))
+def test_what_a_module_knows(name):
+    assert reachable(name) <= REACH[name] | {"__init__"}
+
+
+@pytest.mark.parametrize("name", sorted(TEXT | CACHE))
+def test_text_and_cache_know_no_tensors(name):
+    assert "torch" not in {i.split(".")[0] for i in imports(MODULES[name])}
+
+
+def test_the_reader_of_imports_reads_them():
+    assert {"cache", "trainer", "output"} <= own_imports("train")
+    assert "backends.hf" in own_imports("precompute")  # `from prift.backends import ... hf`
+    assert {"stats", "rules", "heads"} <= reachable("train")
+
+
+def test_training_never_reaches_a_backend():
+    forbidden = {name for name in MODULES if name.split(".")[0] == "backends"}
+    assert forbidden == {"backends", "backends.hf"}
+    assert not (reachable("train") | reachable("arguments")) & forbidden
+
+
+def test_the_library_never_imports_its_command_line():
+    for path in MODULES.values():
+        for name in imports(path):
+            assert name.split(".")[0] not in ("prift_cli", "cli", "click"), path
+
+
+def test_the_command_line_imports_nothing_heavy_at_its_top():
+    """`prift --help` would import it; inside a command it is imported where it is used."""
+    light = {"click", "prift", "prift.errors", "prift.dataspec", "prift_cli"}
+    for path in source_of("cli").values():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
+                name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                assert name in light or name.split(".")[0] in sys.stdlib_module_names, path
+
+
+def test_only_precompute_and_its_backends_know_backends():
+    users = {name for name in MODULES if "backends" in {n.split(".")[0] for n in own_imports(name)}}
+    assert users == {"precompute", "backends.hf"}
+
+
+TRAIN = """
+import sys
+from prift_cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+assert "prift.trainer" in sys.modules
+print("backends:", [name for name in sys.modules if name.startswith("prift.backends")])
+"""
+
+
+def test_no_backend_is_ever_loaded_while_training(tmp_path):
+    """End to end, in a process of its own: the prior's model folder is not even there any more."""
+    prior, trainee = cli.make_model(tmp_path / "prior"), cli.make_model(tmp_path / "trainee")
+    data = cli.write_rows(tmp_path / "rows.jsonl")
+    cli.succeeded(cli.precompute(prior, data, tmp_path / "cache"))
+    for file in Path(prior).iterdir():
+        file.unlink()
+    Path(prior).rmdir()
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, "train", "--model", trainee, "--data", data]
+        + ["--cache", tmp_path / "cache", "--method", "prift-mass", "--output", tmp_path / "out"]
+        + ["--eval-data", data, "--", "--max_steps", "2", "--logging_steps", "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "backends: []"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
