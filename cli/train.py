@@ -27,7 +27,13 @@ class TrainCommand(Command):
 @click.option("--model", required=True, metavar="M", help="Model to train: folder or hub name.")
 @data_options
 @click.option("--eval-data", multiple=True, metavar="PATH|HUB", help="Held-out data. Repeatable.")
-@click.option("--cache", metavar="DIR", help="The cache that prift precompute wrote.")
+@click.option(
+    "--cache",
+    default="~/.cache/prift",
+    show_default=True,
+    metavar="DIR",
+    help="The cache that prift precompute wrote.",
+)
 @click.option("--output", required=True, metavar="DIR", help="Where the trained model goes.")
 @click.option(
     "--method",
@@ -131,7 +137,11 @@ def train(
 
     if method:
         rule, source = METHODS[method]
-    arguments = key_values(rule_arg, "--rule-arg") | ({"ties": ties} if ties else {})
+    arguments = key_values(rule_arg, "--rule-arg")
+    if ties and "ties" in arguments:
+        raise OptionError("--ties and --rule-arg ties= say the same thing: give one of them.")
+    if ties:
+        arguments["ties"] = ties
     chosen = weigher(rule, source, arguments)
     quiet()
     kept = resolved(ctx)

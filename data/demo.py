@@ -23,9 +23,9 @@ MODEL, TRAIN, EVAL, TEST = (
 )
 METHODS = ("sft", "dft", "prift-prob", "prift-mass")
 TRAINING = (
-    "--num_train_epochs 3 --per_device_train_batch_size 16 --learning_rate 5e-4 "
+    "--num_train_epochs 2 --per_device_train_batch_size 16 --learning_rate 5e-4 "
     "--lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.01 --save_strategy no "
-    "--logging_steps 20 --seed 0"
+    "--logging_strategy epoch --seed 0"
 ).split()
 
 
@@ -72,7 +72,9 @@ def measure(name: str, model: Path, state: Path | None, limit: int | None) -> di
     """Solves the test set greedily and collects what the run logged."""
     sys.path.insert(0, str(HERE))
     from evaluate import accuracy
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     right, total = accuracy(model, TEST, limit)
     found = {"name": name, "right": right, "total": total}
     if state is not None:
@@ -100,13 +102,13 @@ def show(rows: list[dict], output: Path, seconds: float) -> None:
     console = Console(width=max(80, Console().width))
     console.print()
     console.print(table)
-    console.print(
-        "eval nll: nats a token on held-out demonstrations. eval drift: mean of log p - log q "
-        "there, q the\npretrained model. mean weight, zero weight: of their label tokens."
+    print(
+        "eval nll: nats a token on held-out demonstrations\n"
+        "eval drift: mean of log p - log q there, q being the pretrained model\n"
+        "mean weight, zero weight: over the label tokens there\n\n"
+        f"checkpoints: {', '.join(str(output / row['name']) for row in rows[1:])}\n"
+        f"{seconds:.0f} seconds in all"
     )
-    for row in rows[1:]:
-        console.print(f"checkpoint: {output / row['name']}", highlight=False)
-    console.print(f"{seconds:.0f} seconds in all", highlight=False)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python data/make_demo.py --output data/demo
 
 `train.jsonl` and `eval.jsonl` speak in the voice of this file: people explaining homework to each
-other. The arithmetic and the questions are those of pretraining; the voice hardly is. Some of it is
-filler, some unusual notation, some puts the result before the sum, and one demonstration in seven
-or so contains a slip. Final answers are always right.
+other. The questions are of the kinds of pretraining, with more steps and numbers that reach twice
+as far; the voice is hardly that of pretraining. Some of it is filler, some unusual notation, some
+puts the result before the sum, and one demonstration in seven or so contains a slip. Final answers
+are always right.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ def demo(problem: Problem, rng: random.Random) -> str:
 
 
 def rows(split: str) -> list[dict[str, str]]:
-    """The rows of one split; problems and voice have a generator each, so the voice may change
-    without the questions changing."""
+    """The rows of one split.
+
+    Problems and voice have a generator each: the voice may change and the questions stay.
+    """
     problems, voice = random.Random(f"{SEED} {split}"), random.Random(f"{SEED} {split} voice")
     made: dict[str, dict[str, str]] = {}
     while len(made) < SIZES[split]:

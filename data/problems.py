@@ -212,7 +212,10 @@ def split_of(question: str) -> str:
 def draw(
     rng: random.Random, split: str, step_weights: tuple[float, float, float], reach: int = 1
 ) -> Problem:
-    """Draw problems until one belongs to `split`; `step_weights` are for 1, 2 and 3 steps."""
+    """Draw problems until one belongs to `split`.
+
+    `step_weights` are for 1, 2 and 3 steps; `reach` multiplies how large the numbers get.
+    """
     while True:
         n_steps = rng.choices((1, 2, 3), step_weights)[0]
         problem = rng.choice(KINDS)(rng, n_steps, reach)

@@ -38,8 +38,9 @@ class Template:
     def __init__(self, tokenizer) -> None:
         if not tokenizer.chat_template:
             raise DataError(
-                f"{type(tokenizer).__name__} has no chat template, which messages need: give one "
-                "with --chat-template FILE, or name a tokenizer that has one with --tokenizer"
+                f"the tokenizer {tokenizer.name_or_path} has no chat template, which messages "
+                "need: give one with --chat-template FILE, or name a tokenizer that has one with "
+                "--tokenizer"
             )
         self.tokenizer = tokenizer
         self.end_of_turn, self.header = self._probe()

@@ -198,8 +198,8 @@ class Loader:
             )
         if self._too_long:
             raise DataError(
-                f"{len(self._too_long):,} sequences are longer than the model's context of "
-                f"{self._context} tokens (the longest has {self._longest:,}): "
+                f"longer than the model's context of {self._context} tokens: "
+                f"{len(self._too_long):,} sequence(s), the longest has {self._longest:,}: "
                 f"{some(self._too_long)}. Cut them with --max-length {self._context}"
             )
         if self.report.dropped and self._options.on_empty == "error":

@@ -6,6 +6,7 @@ makes DFT and PriFT-prob the same rule. The caller detaches the weights.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -88,7 +89,9 @@ def prob(stats: TokenStats, *, power: float = 1.0) -> Tensor:
 
     From the prior: PriFT-prob (arXiv 2606.09396). From the online model: DFT (arXiv 2508.05629).
     """
-    return torch.exp(power * stats.logprob)
+    if not 0 <= power < math.inf:
+        raise OptionError(f"--rule-arg power={power}: wanted a finite power of 0 or more.")
+    return torch.exp(power * stats.logprob) if power else torch.ones_like(stats.logprob)
 
 
 @rule("mass", needs=("logprob", "log_mass_rank", "n_tie"))

@@ -163,7 +163,7 @@ def _open_cache(
                 f"statistics: give --cache. Made by:\n  {_command(options, options.spec)}"
             )
         return None
-    by_id = bool(re.fullmatch("[0-9a-f]{16}", options.prior or ""))
+    by_id = bool(re.fullmatch("[0-9a-f]{8,64}", options.prior or ""))
     by_id = by_id and not Path(options.prior or "").exists()
     try:
         weights, digest = "", ""

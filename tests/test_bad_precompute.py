@@ -93,7 +93,7 @@ def test_longer_than_the_context(model, tmp_path):
     rows = [cli.ROWS[0], {"prompt": "a", "completion": " clips" * 90}]
     data = cli.write_rows(tmp_path / "long.jsonl", rows)
     refused(
-        model, data, tmp_path, "1 sequences are longer", f"context of {cli.CONTEXT}",
+        model, data, tmp_path, "longer than the model's context", f"context of {cli.CONTEXT}",
         "long.jsonl:2", f"--max-length {cli.CONTEXT}",
     )  # fmt: skip
     cut = ["--max-length", str(cli.CONTEXT)]

@@ -138,14 +138,15 @@ def test_folder_is_small():
     assert sum(p.stat().st_size for p in files) <= 8 * 2**20
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DATA / "model")
+
+
 class TestModel:
     """The shipped model folder, loaded the way any user would."""
-
-    @pytest.fixture(scope="class")
-    def tokenizer(self):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(DATA / "model")
 
     def test_tokenizer_round_trips(self, tokenizer):
         texts = [text for split in SPLITS for row in demo_rows(split) for text in row.values()]

@@ -104,7 +104,7 @@ def test_sequences_over_the_context_are_an_error_that_counts_them(tmp_path):
     with pytest.raises(DataError) as error:
         load(data, context=15)
     assert str(error.value) == (
-        "2 sequences are longer than the model's context of 15 tokens (the longest has 20): "
+        "longer than the model's context of 15 tokens: 2 sequence(s), the longest has 20: "
         "d.jsonl:1, d.jsonl:2. Cut them with --max-length 15"
     )
     assert load(data, context=15, max_length=15).report.truncated == 2

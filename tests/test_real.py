@@ -72,8 +72,7 @@ def prift(*words: str, timeout: float = 3000) -> tuple[str, list[float]]:
     """(stdout and stderr, resident memory in MiB every quarter second) of a prift command."""
     process = subprocess.Popen(
         [sys.executable, "-m", "prift", *words], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )  # fmt: skip
+        stderr=subprocess.STDOUT, text=True,     )  # fmt: skip
     resident: list[float] = []
 
     def watch() -> None:
