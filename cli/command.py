@@ -91,7 +91,8 @@ def _as_typed(value: Any, option: click.Parameter, place: str) -> Any:
 def resolved(ctx: click.Context) -> dict[str, Any]:
     """All options that have a value, by name: itself a valid --config."""
     skip = {"config", "debug", "json_output", "training_flags", "resume"}
-    values = {k: v for k, v in ctx.params.items() if k not in skip and v not in (None, (), False)}
+    given = {k: v for k, v in ctx.params.items() if k not in skip}
+    values = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 

@@ -27,6 +27,7 @@ class TrainCommand(Command):
 @click.option("--model", required=True, metavar="M", help="Model to train: folder or hub name.")
 @data_options
 @click.option("--eval-data", multiple=True, metavar="PATH|HUB", help="Held-out data. Repeatable.")
+@click.option("--eval-split", metavar="S", help="Split of --eval-data, as --split is of --data.")
 @click.option(
     "--cache",
     default="~/.cache/prift",
@@ -132,8 +133,8 @@ def train(
     from prift.arguments import training_arguments
     from prift.ranks import is_rank_zero
     from prift.rules import METHODS, weigher
-    from prift.train import TrainOptions
     from prift.train import train as run
+    from prift.training_data import TrainOptions
 
     if method:
         rule, source = METHODS[method]

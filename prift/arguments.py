@@ -67,6 +67,7 @@ def _defaults(given: Mapping[str, Any], has_eval_data: bool) -> dict[str, Any]:
         "log_level_replica": "error",
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,  # every parameter has a gradient, if only zero
     }
     if has_eval_data:

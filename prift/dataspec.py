@@ -31,9 +31,17 @@ class DataSpec:
 
     def load(self, model_folder: Path, config: Any) -> tuple[Examples, Any]:
         """(examples, tokenizer). Raises DataError, OptionError."""
-        tokenizer = load_tokenizer(
+        tokenizer = self.tokenizer_of(model_folder)
+        return self.examples(tokenizer, config), tokenizer
+
+    def tokenizer_of(self, model_folder: Path) -> Any:
+        """The tokenizer named, or the model's own. Raises DataError."""
+        return load_tokenizer(
             self.tokenizer or str(model_folder), self.chat_template, self.trust_remote_code
         )
+
+    def examples(self, tokenizer: Any, config: Any) -> Examples:
+        """The examples, checked against the model's context and vocabulary."""
         examples = load_examples(
             self.data,
             tokenizer,
@@ -42,7 +50,7 @@ class DataSpec:
             data_weights=self.weights or None,
         )
         _check_vocabulary(examples, vocabulary_size(config))
-        return examples, tokenizer
+        return examples
 
     def precompute_command(self, model: str, cache: str) -> str:
         """The command that puts these examples' statistics into the cache."""

@@ -9,6 +9,11 @@ class PriftError(Exception):
     """Base of all errors that the user, not prift, has to mend."""
 
 
+def first_line(error: Exception) -> str:
+    """An error's first line, or its kind where it says nothing; without the full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 class OptionError(PriftError):
     """Options that contradict each other, are unknown, or need something that is not installed."""
 

@@ -208,8 +208,8 @@ def _conversation(row: dict, column: str) -> Chat:
 @format("tokens", columns=("input_ids", "labels"))
 def tokens(row: dict) -> Item:
     """Ids and labels made elsewhere; nothing is added to them, padding on the right is cut off."""
-    ids, labels = list(row["input_ids"]), list(row["labels"])
-    mask = list(row.get("attention_mask") or [1] * len(ids))
+    ids, labels = _integers(row, "input_ids"), _integers(row, "labels")
+    mask = _integers(row, "attention_mask") or [1] * len(ids)
     if not len(ids) == len(labels) == len(mask):
         raise DataError(
             f"{len(ids)} input_ids, {len(labels)} labels and an attention_mask of {len(mask)} "
@@ -220,10 +220,11 @@ def tokens(row: dict) -> Item:
         raise DataError(
             "attention_mask has holes (or padding on the left); the prior sees the ids alone"
         )
-    if (row.get("position_ids") or list(range(len(ids))))[:length] != list(range(length)):
+    places = _integers(row, "position_ids") or list(range(len(ids)))
+    if places[:length] != list(range(length)):
         raise DataError("it has its own position_ids; the prior sees the ids alone, counted from 0")
     for place, (one, label) in enumerate(zip(ids, labels, strict=True)):
-        if type(one) is not int or not 0 <= one < 2**31:
+        if not 0 <= one < 2**31:
             raise DataError(f"input_ids[{place}] is {one!r}, which is no token id")
         if label != -100 and (label != one or place >= length):
             raise DataError(
@@ -231,3 +232,16 @@ def tokens(row: dict) -> Item:
                 "-100"
             )
     return Tokens(ids[:length], labels[:length])
+
+
+def _integers(row: dict, column: str) -> list[int]:
+    """A column that holds one list of whole numbers; empty where it is absent or null."""
+    value = row.get(column)
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)) or not all(type(one) is int for one in value):
+        raise DataError(
+            f"{column} is {str(value)[:60]}, where a list of whole numbers is wanted (one "
+            "sequence a row, not a batch of them)"
+        )
+    return list(value)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prift.errors import ModelError
 from prift.heads import body_of, check_head, head_of
 from prift.loss import weighted_loss
 from prift.rules import Weigher
@@ -48,6 +49,7 @@ def install(model: nn.Module, weigher: Weigher) -> None:
     Raises ModelError where the model's head is not understood.
     """
     check_head(model, head_of(model))
+    _check_router(model)
     plain, body = model.forward, body_of(model)
 
     def forward(*args: Any, weighted: dict[str, Any] | None = None, **inputs: Any) -> Any:
@@ -80,6 +82,16 @@ def install(model: nn.Module, weigher: Weigher) -> None:
 def _router_arguments(model: nn.Module) -> dict[str, bool]:
     wanted = getattr(model.config, "output_router_logits", False)
     return {"output_router_logits": True} if wanted else {}
+
+
+def _check_router(model: nn.Module) -> None:
+    wanted = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+    known = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+    if _router_arguments(model) and not (known and all(hasattr(model, n) for n in wanted)):
+        raise ModelError(
+            f"the config asks for {type(model).__name__}'s router balance loss, which prift does "
+            "not know how to add. Set output_router_logits to false in its config.json."
+        )
 
 
 def _auxiliary_loss(model: nn.Module, answer: Any, mask_BT: Tensor | None) -> Tensor:

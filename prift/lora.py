@@ -15,15 +15,26 @@ def with_lora(model: Any, r: int, alpha: float | None, dropout: float, target: s
     modules: str | list[str] = target if target == "all-linear" else target.split(",")
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha or 2 * r,
+        lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=modules,
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise OptionError(f"--lora-target {target}: {error}") from error
+    base = adapted.get_base_model()
+    for role, layer in (
+        ("input embedding", base.get_input_embeddings()),
+        ("output projection", base.get_output_embeddings()),
+    ):
+        if hasattr(layer, "base_layer"):
+            raise OptionError(
+                f"--lora-target {target} puts an adapter on the {role}, which prift does not "
+                "train or merge correctly. Leave it out."
+            )
+    return adapted
 
 
 def base_of(model: Any) -> Any:

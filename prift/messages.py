@@ -88,6 +88,7 @@ def _from_parts(parts: list) -> dict:
     calls, seen = [], 0
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
+        kind = kind if isinstance(kind, str) else None
         if kind in _TEXT_PARTS:
             slot = _TEXT_PARTS[kind]
             texts[slot].append(text(_part_value(part), f"a part of type {kind!r}"))
@@ -148,10 +149,14 @@ def read_tools(value) -> list[dict] | None:
     if value is None or value == "":
         return None
     tools = _from_json(value, "'tools'")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list) or not all(map(_is_tool, tools)):
         raise DataError(f"'tools' should be a list of function schemas; found {_shown(tools)}")
     wrapped = [tool if "function" in tool else _wrapped(tool) for tool in tools]
     return wrapped or None
+
+
+def _is_tool(tool) -> bool:
+    return isinstance(tool, dict) and isinstance(tool.get("function", {}), dict)
 
 
 def _wrapped(tool: dict) -> dict:

@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prift.errors import ModelError
+from prift.errors import ModelError, first_line
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def locate(name: str, option: str = "--model") -> Path:
+def locate(name: str, option: str = "--model", trust_remote_code: bool = False) -> Path:
     """The folder of a model: a local folder, or a hub repository downloaded to the hub's cache.
 
+    trust_remote_code  download the repository's Python files too
     Raises ModelError where neither is found, naming the option that asked for it.
     """
     folder = Path(name).expanduser()
@@ -24,27 +25,35 @@ def locate(name: str, option: str = "--model") -> Path:
         raise ModelError(f"{option} {name}: no such folder. Give a model folder or a hub name.")
     from huggingface_hub import snapshot_download
 
+    wanted = [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
         raise ModelError(
             f"{option} {name}: no such folder, and the hub gave no such repository "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model, sorted by name. Raises ModelError if none."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    """The safetensors files that make up the model, sorted by name.
+
+    The single file wins over shards, as in transformers. Raises ModelError where files are
+    missing, and for a folder that also holds an adapter, which transformers would load with it.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter (adapter_config.json) beside or instead of a model. Merge "
+            "it first (peft: model.merge_and_unload().save_pretrained(...)), or move it away."
+        )
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [whole]
+    if index.exists() and not whole.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is not an index of weights; download it again.") from error
         files = [folder / Path(n).name for n in names]
-    else:
-        files = [folder / "model.safetensors"]
     absent = [f.name for f in files if not f.is_file()]
     if absent:
         other = sorted(p.name for p in folder.glob("*.bin")) + sorted(
@@ -71,7 +80,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{folder}/config.json: {_first_line(error)}") from error
+        raise ModelError(f"{folder}/config.json: {first_line(error)}") from error
     kind = config.model_type
     if config.is_encoder_decoder:
         raise ModelError(f"{folder} is an encoder-decoder model ({kind}); prift takes causal LMs.")

@@ -12,9 +12,11 @@ import yaml
 from safetensors import SafetensorError
 
 from prift.errors import OptionError, PriftError
+from prift.newfile import NewFile
 from prift.ranks import is_rank_zero
 
 OPTIONS_FILE = "prift.yaml"
+_MAY_CHANGE = {"training", "output", "cache", "full_metrics_steps", "merge"}
 
 
 def checkpoint_of(output: Path, resume: bool) -> str | None:
@@ -70,9 +72,36 @@ def _is_of_torch_save(error: BaseException) -> bool:
     )
 
 
+def check_same_run(output: str, resolved: Mapping[str, Any]) -> None:
+    """Raises OptionError where the run to be resumed was started with other options.
+
+    Places, logging and TrainingArguments may change; what is learnt from what may not.
+    """
+    try:
+        before = yaml.safe_load((Path(output) / OPTIONS_FILE).read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise OptionError(f"--resume: {output}/{OPTIONS_FILE} cannot be read: {error}") from error
+    if not isinstance(before, dict):
+        raise OptionError(f"--resume: {output}/{OPTIONS_FILE} holds no options")
+    for name in sorted((set(before) | set(resolved)) - _MAY_CHANGE):
+        if before.get(name) != resolved.get(name):
+            raise OptionError(
+                f"--resume: the run in {output} was started with {name} {before.get(name)!r}, "
+                f"not {resolved.get(name)!r}. Go on with the options in {OPTIONS_FILE} (they are a "
+                "valid --config), or start anew in another --output."
+            )
+
+
 def write_options(output: str, resolved: Mapping[str, Any]) -> None:
-    """Writes prift.yaml, a valid --config of the run."""
+    """Writes prift.yaml, a valid --config of the run; whole or not at all."""
     if is_rank_zero():
         Path(output).mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(dict(resolved), sort_keys=False)
-        (Path(output) / OPTIONS_FILE).write_text(text)
+        file = NewFile(Path(output))
+        try:
+            file.write(yaml.safe_dump(dict(resolved), sort_keys=False).encode())
+            file.publish(OPTIONS_FILE)
+        except OSError:
+            file.abandon()
+            raise

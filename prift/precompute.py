@@ -67,7 +67,7 @@ def precompute(
     Raises DataError, ModelError, CacheError; rows scored before the error are kept.
     """
     options = options or PrecomputeOptions()
-    folder = locate(model)
+    folder = locate(model, trust_remote_code=options.trust_remote_code)
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
     examples, tokenizer = spec.load(folder, config)
@@ -123,7 +123,7 @@ def _score(
             for i, stats in scorer.score(sequences, positions):
                 values = {n: getattr(stats, n).numpy() for n in stats.names()}
                 length = len(sequences[i])
-                writer.add(bytes(todo.keys[i]).ljust(16, b"\0"), length, todo.spans[i], values)
+                writer.add(bytes(todo.keys[i]), length, todo.spans[i], values)
                 advance(length)
         except BadLogits as error:
             raise ModelError(

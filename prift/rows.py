@@ -97,7 +97,7 @@ def _read_lines(path: Path, name: str) -> Iterator[Row]:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 shown = line[:60].decode("utf-8", "replace").strip()
                 raise DataError(
                     f"{name}:{number} is not JSON ({error}); each line should hold one JSON "
@@ -111,7 +111,7 @@ def _read_json(path: Path, name: str) -> Iterator[Row]:
     content = path.read_bytes()
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
             raise DataError(f"{name} is not JSON: {error}") from error
         del content

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prift.errors import DataError
+from prift.errors import DataError, first_line
 
 
 def load_tokenizer(
@@ -29,7 +29,7 @@ def load_tokenizer(
             raise ValueError("it has no vocabulary")  # some are made out of a config.json alone
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
-            f"no tokenizer could be loaded from {name_or_path!r}: {_first_line(error)}. "
+            f"no tokenizer could be loaded from {name_or_path!r}: {first_line(error)}. "
             "Name a folder or a hub model that has one with --tokenizer."
         ) from error
     if chat_template_file is not None:
@@ -37,15 +37,11 @@ def load_tokenizer(
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def _read_template(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--chat-template {path} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"--chat-template {path} cannot be read: {first_line(error)}") from error
     if not text.strip():
         raise DataError(f"--chat-template {path} is empty; it should hold a Jinja chat template")
     return text

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from prift.forward import LabelTokens
 
-_SUMS = ("tokens", "weight", "zero", "run", "nll_run", "drift_run", "full", "nll", "drift")
+# What is summed over label tokens. A drift is summed where the prior gave the token any chance.
+_SUMS = (
+    "tokens", "weight", "zero", "run", "nll_run", "drifts_run", "drift_run",
+    "full", "nll", "drifts", "drift", "weighted",
+)  # fmt: skip
 
 
 class PriftTrainer(transformers.Trainer):
@@ -52,8 +56,7 @@ class PriftTrainer(transformers.Trainer):
         every_nll = not self._skips_rows or self._wants_full_metrics()
         weighted = {"labels": labels, "prior": prior, "every_nll": every_nll}
         out = model(**inputs, weighted=weighted)
-        logprob = tokens.pick(prior["logprob"]) if "logprob" in prior else None
-        sums = _sums(out["nll"], out["weights"], logprob, every_nll)
+        sums = _per_token(out["nll"], out["weights"], _logprob(tokens, prior), every_nll).sum(0)
         self._sums = self._sums.to(sums.device) + sums
         share = len(tokens.row) / num_items_in_batch
         loss = out["loss"] / num_items_in_batch + out["auxiliary"] * share
@@ -86,49 +89,54 @@ class PriftTrainer(transformers.Trainer):
         inputs = self._prepare_inputs(inputs)
         labels, prior = inputs.pop("labels"), inputs.pop("prior")
         tokens = LabelTokens.of(labels)
-        logprob = tokens.pick(prior["logprob"]) if "logprob" in prior else None
         with torch.no_grad(), self.compute_loss_context_manager():
             weighted = {"labels": labels, "prior": prior, "every_nll": True}
             out = model(**inputs, weighted=weighted)
-        each = _per_token(out["nll"], out["weights"], logprob, True)
-        sums = each.new_zeros(len(labels), len(_SUMS) + 1).index_add_(0, tokens.row, each)
+        each = _per_token(out["nll"], out["weights"], _logprob(tokens, prior), True)
+        sums = each.new_zeros(len(labels), len(_SUMS)).index_add_(0, tokens.row, each)
         return None, sums, torch.zeros(len(labels), device=sums.device)
 
 
+def _logprob(tokens: LabelTokens, prior: dict[str, Tensor]) -> Tensor | None:
+    return tokens.pick(prior["logprob"]) if "logprob" in prior else None
+
+
 def _per_token(nll_N: Tensor, weights_N: Tensor, logprob_N: Tensor | None, full: bool) -> Tensor:
-    """[N, len(_SUMS) + 1] float64: what each token adds to the sums, and to the weighted loss."""
+    """[N, len(_SUMS)] float64: what each token adds to the sums."""
     nll_N, weights_N = nll_N.double(), weights_N.double()
-    nan = torch.full_like(nll_N, torch.nan)
-    drift_N = nan if logprob_N is None else -nll_N - logprob_N.double()
+    one, zero = torch.ones_like(nll_N), torch.zeros_like(nll_N)
     ran = (weights_N != 0).double()
-    one = torch.ones_like(nll_N)
-    where_ran = [torch.where(ran > 0, x, 0.0) for x in (nll_N, drift_N)]
-    everywhere = [one, nll_N, drift_N] if full else [torch.zeros_like(nll_N)] * 3
-    weighted = torch.where(ran > 0, weights_N * nll_N, 0.0)
-    columns = [one, weights_N, 1 - ran, ran, *where_ran, *everywhere, weighted]
+    prior_N = zero - torch.inf if logprob_N is None else logprob_N.double()
+    finite = (prior_N > -torch.inf).double()
+    drift_N = -nll_N - prior_N
+    every = one if full else zero
+    columns = [
+        *(one, weights_N, 1 - ran),
+        *(ran, _where(ran, nll_N), ran * finite, _where(ran * finite, drift_N)),
+        *(every, _where(every, nll_N), every * finite, _where(every * finite, drift_N)),
+        _where(ran, weights_N * nll_N),
+    ]
     return torch.stack(columns, 1)
 
 
-def _sums(nll_N: Tensor, weights_N: Tensor, logprob_N: Tensor | None, full: bool) -> Tensor:
-    return _per_token(nll_N, weights_N, logprob_N, full).sum(0)[:-1]
+def _where(chosen_N: Tensor, values_N: Tensor) -> Tensor:
+    """The values where chosen, else 0: what was not run is NaN, which a product would keep."""
+    return torch.where(chosen_N > 0, values_N, 0.0)
 
 
 def _ratios(sums: dict[str, float]) -> dict[str, float]:
     """Metrics from sums; those that were not measured are left out."""
-    found = {}
-    if sums["tokens"]:
-        found["mean_weight"] = sums["weight"] / sums["tokens"]
-        found["zero_share"] = sums["zero"] / sums["tokens"]
-    if sums["run"]:
-        found["nll_kept"] = sums["nll_run"] / sums["run"]
-        found["drift_kept"] = sums["drift_run"] / sums["run"]
-    if sums["full"]:
-        found["nll"] = sums["nll"] / sums["full"]
-        found["drift"] = sums["drift"] / sums["full"]
-    return {name: value for name, value in found.items() if value == value}
+    parts = {
+        "mean_weight": ("weight", "tokens"),
+        "zero_share": ("zero", "tokens"),
+        "nll_kept": ("nll_run", "run"),
+        "drift_kept": ("drift_run", "drifts_run"),
+        "nll": ("nll", "full"),
+        "drift": ("drift", "drifts"),
+    }
+    return {name: sums[a] / sums[b] for name, (a, b) in parts.items() if sums[b]}
 
 
 def _summarise(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    total = prediction.predictions.sum(0)
-    sums = dict(zip(_SUMS, total[:-1].tolist(), strict=True))
-    return {"loss": float(total[-1]) / sums["tokens"], **_ratios(sums)}
+    sums = dict(zip(_SUMS, prediction.predictions.sum(0).tolist(), strict=True))
+    return {"loss": sums["weighted"] / sums["tokens"], **_ratios(sums)}

@@ -9,7 +9,8 @@ from prift.dataspec import DataSpec
 from prift.examples import TextOptions
 from prift.precompute import Precomputed, PrecomputeOptions, precompute
 from prift.rules import METHODS, weigher
-from prift.train import Trained, TrainOptions, train
+from prift.train import Trained, train
+from prift.training_data import TrainOptions
 from tests.families import save
 from tests.toy_tokenizers import byte_level
 

@@ -1,5 +1,7 @@
 """Heads against the model's own logits, family by family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,11 +51,24 @@ def _doubled(answer):
     return answer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "change"), [("gemma3", "softcap"), ("granite", "scale")])
+def test_what_a_config_hides_is_found_out_in_any_dtype(family, change, dtype):
+    """A soft cap of 30 hardly shows in small logits, and not at all once they are rounded."""
+    model = tiny(family, dtype)
+    model.config.final_logit_softcapping = 30.0 if family == "gemma3" else None
+    head = head_of(model)
+    check_head(model, head)
+    blind = {"softcap": None} if change == "softcap" else {"scale": head.scale * 1.05}
+    with pytest.raises(ModelError, match="does not understand"):
+        check_head(model, replace(head, **blind))
+
+
 def test_an_adapted_output_projection_is_refused():
     peft = pytest.importorskip("peft")
     model = tiny("llama")
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(ModelError, match="not a plain linear layer"):
+    with pytest.raises(ModelError, match="no plain linear layer: found peft"):
         head_of(model)
 
 

@@ -175,3 +175,62 @@ def test_a_killed_run_continues(tmp_path):
     whole.precompute()
     for name in ("logprob", "entropy"):
         np.testing.assert_allclose(stored(lab)[name], stored(whole)[name], atol=1e-5)
+
+
+def test_the_padding_side_of_a_tokenizer_changes_no_bit(tmp_path):
+    found = []
+    for side in ("left", "right"):
+        lab = Lab(tmp_path / side)
+        tokenizer = tf.AutoTokenizer.from_pretrained(lab.model)
+        tokenizer.padding_side = side
+        tokenizer.save_pretrained(lab.model)
+        lab.precompute()
+        found.append(stored(lab))
+    for name in CORE:
+        assert np.array_equal(found[0][name], found[1][name])
+
+
+def test_an_adapter_beside_the_model_is_refused(tmp_path):
+    """transformers would load it silently, and the identity would not say so."""
+    lab = Lab(tmp_path)
+    Path(lab.model, "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter"):
+        lab.precompute()
+
+
+def test_the_files_that_are_hashed_are_those_that_are_loaded(tmp_path):
+    """A single file wins over shards, as in transformers; a broken index is an error."""
+    lab = Lab(tmp_path)
+    plain = lab.precompute().prior
+    index = Path(lab.model, "model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {"x": "other.safetensors"}}))
+    assert lab.precompute().prior == plain
+    Path(lab.model, "model.safetensors").rename(tmp_path / "away")
+    for broken in ("{", "{}", "[]"):
+        index.write_text(broken)
+        with pytest.raises(ModelError, match="not an index of weights"):
+            lab.precompute()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": 5, "labels": [5]},
+        {"input_ids": [[1, 2]], "labels": [[1, 2]]},
+        {"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [[1, 1]]},
+        {"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": 1},
+        {"input_ids": [1, 2], "labels": [-100, 2], "position_ids": 3},
+    ],
+)
+def test_ids_that_are_no_flat_list_are_named(tmp_path, row):
+    lab = Lab(tmp_path)
+    Path(lab.data).write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"data.jsonl:1: .* where a list of whole numbers"):
+        lab.precompute()
+
+
+def test_a_bottomless_line_is_named(tmp_path):
+    lab = Lab(tmp_path)
+    Path(lab.data).write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(DataError, match="data.jsonl:1 is not JSON"):
+        lab.precompute()

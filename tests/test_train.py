@@ -183,3 +183,62 @@ def test_gradient_checkpointing_changes_nothing(lab):
     a, b = (load_file(lab.root / n / "model.safetensors") for n in ("checkpointed", "stored"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def test_resuming_another_run_is_refused(lab):
+    flags = FLAGS + " --save_strategy steps --save_steps 2"
+    lab.train("mass-run", "prift-mass", flags)
+    with pytest.raises(OptionError, match="was started with method 'prift-mass', not 'sft'"):
+        lab.train("mass-run", "sft", flags, resume=True)
+    kept = yaml.safe_load((lab.root / "mass-run" / "prift.yaml").read_text())
+    assert kept["method"] == "prift-mass"
+
+
+def test_the_suggested_command_names_the_prior_being_read(tmp_path):
+    """Its dtype, and the trainee's tokenizer where the prior is another model."""
+    lab = Lab(tmp_path)
+    lab.precompute(text={"limit": 30}, dtype="bfloat16")
+    with pytest.raises(MissingPrior, match="--max-length 60 --dtype bfloat16"):
+        lab.train("out", "prift-mass", FLAGS)
+    other = Lab(tmp_path / "other", seed=1)
+    with pytest.raises(MissingPrior) as error:
+        lab.train("out", "prift-mass", FLAGS, model=other.model, prior=lab.model)
+    assert f"--model {lab.model}" in str(error.value)
+    assert f"--tokenizer {other.model}" in str(error.value)
+
+
+def test_a_token_that_the_prior_excludes_spoils_no_metric(lab, tmp_path):
+    """logprob -inf: weight 0 under prob and mass, and left out of drift."""
+    from prift.trainer import _SUMS, _per_token, _ratios
+
+    nll, weights = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+    logprob = torch.tensor([-0.5, -torch.inf])
+    sums = _per_token(nll, weights, logprob, True).sum(0).tolist()
+    found = _ratios(dict(zip(_SUMS, sums, strict=True)))
+    assert found["drift"] == found["drift_kept"] == pytest.approx(-0.5)
+    assert found["nll"] == pytest.approx(1.5)
+
+
+def test_an_adapter_on_the_embedding_is_refused(lab):
+    pytest.importorskip("peft")
+    for target in ("embed_tokens", "lm_head"):
+        with pytest.raises(OptionError, match=f"--lora-target {target} puts an adapter on the"):
+            lab.train("embedded", "sft", FLAGS, lora_r=2, lora_target=target)
+
+
+def test_evaluation_takes_its_own_split(lab, tmp_path):
+    """--split picks from --data alone; --eval-split from --eval-data."""
+    folder = tmp_path / "both"
+    folder.mkdir()
+    rows = Path(lab.data).read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(rows[:30]))
+    (folder / "test.jsonl").write_text("".join(rows[30:]))
+    said = []
+    own = Lab(tmp_path / "own")
+    own.data = str(folder)
+    own.train(
+        "split", "sft", FLAGS, text={"split": "train"}, said=said, cache=None,
+        eval_data=(str(folder),), eval_split="test",
+    )  # fmt: skip
+    assert any(line.startswith("training: 30 rows") for line in said)
+    assert any(line.startswith("evaluation: 10 rows") for line in said)
