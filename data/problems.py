@@ -3,18 +3,15 @@
 A `Problem` holds its question and arithmetic; `styles.py` turns the steps into text. The two are
 apart so that pretraining and the demonstrations can share the arithmetic and differ in the voice.
 
-    python data/problems.py --style labelled --count 3
+    python data/styles.py --style labelled --count 3
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from styles import STYLES
 
 NAMES = (
     "Mia Ben Ana Tom Eva Leo Zoe Max Ida Sam Lea Jon Uma Kai Nora Finn Ruth Omar Lina Hugo".split()
@@ -221,25 +218,3 @@ def draw(
         problem = rng.choice(KINDS)(rng, n_steps, reach)
         if split_of(problem.question) == split:
             return problem
-
-
-def generate(style: str, rng: random.Random, split: str = "pretrain") -> tuple[str, str, int]:
-    """One (question, solution, answer) in a named style of `styles.STYLES`."""
-    problem = draw(rng, split, (1.0, 1.0, 1.0))
-    return problem.question, STYLES[style](problem, rng), problem.answer
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print some problems.")
-    parser.add_argument("--style", choices=STYLES, default="labelled")
-    parser.add_argument("--count", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
-    for _ in range(args.count):
-        question, solution, _ = generate(args.style, rng)
-        print(f"{question}\n{solution}\n")
-
-
-if __name__ == "__main__":
-    main()

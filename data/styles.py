@@ -6,12 +6,11 @@ in a voice the pretrained model has hardly met, and a share of them is careless,
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # problems.py imports this module
-    from problems import Problem, Step
+from problems import Problem, Step, draw
 
 WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
 Style = Callable[["Problem", random.Random], str]
@@ -95,3 +94,25 @@ def pretrain_solution(problem: Problem, rng: random.Random) -> str:
     """Write a solution in one of the pretraining styles, drawn by weight."""
     name = rng.choices(list(PRETRAIN_WEIGHTS), list(PRETRAIN_WEIGHTS.values()))[0]
     return STYLES[name](problem, rng)
+
+
+def generate(style: str, rng: random.Random, split: str = "pretrain") -> tuple[str, str, int]:
+    """One (question, solution, answer) in a named style of `STYLES`."""
+    problem = draw(rng, split, (1.0, 1.0, 1.0))
+    return problem.question, STYLES[style](problem, rng), problem.answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print some problems.")
+    parser.add_argument("--style", choices=STYLES, default="labelled")
+    parser.add_argument("--count", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    for _ in range(args.count):
+        question, solution, _ = generate(args.style, rng)
+        print(f"{question}\n{solution}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,7 @@ def check_sum(left: str, op: str, right: str, result: str) -> None:
 @pytest.mark.parametrize("style", styles.STYLES)
 def test_generator_is_deterministic(style):
     made = [
-        [problems.generate(style, rng) for _ in range(20)]
+        [styles.generate(style, rng) for _ in range(20)]
         for rng in (random.Random(3), random.Random(3), random.Random(4))
     ]
     assert made[0] == made[1] != made[2]
@@ -67,7 +67,7 @@ def test_every_step_is_right_and_leads_to_the_answer(kind, n_steps, reach):
 def test_every_style_ends_in_the_answer_and_never_errs(style):
     rng = random.Random(7)
     for _ in range(200):
-        question, solution, answer = problems.generate(style, rng)
+        question, solution, answer = styles.generate(style, rng)
         assert "\n" not in question
         assert solution.endswith(f"Answer: {answer}")
         assert evaluate.final_answer(solution) == str(answer)

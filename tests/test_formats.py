@@ -98,7 +98,10 @@ def test_the_prompt_of_conversational_prompt_completion_is_not_trained():
             {"input_ids": [1, 2], "labels": [-100, 3]},
             r"labels\[1\] is 3 where the token is 2; a",
         ),
-        ({"input_ids": [1, "b"], "labels": [-100, -100]}, r"input_ids is \[1, 'b'\], where a list of whole"),
+        (
+            {"input_ids": [1, "b"], "labels": [-100, -100]},
+            r"input_ids is \[1, 'b'\], where a list of whole",
+        ),
         ({"input_ids": [1, -2], "labels": [-100, -2]}, r"input_ids\[1\] is -2, which is no token"),
         (
             {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [0, 1]},

@@ -130,7 +130,7 @@ def test_all_of_gsm8k_through_a_vocabulary_of_151936(real_inputs, tmp_path):
 
 @pytest.mark.slow
 def test_all_of_gsm8k_through_stories260k(real_inputs, stories, tmp_path):
-    """904 answers are longer than the context; one keeps no label, is dropped, and is named."""
+    """924 are cut; one of them keeps no label, is dropped, counted and named."""
     data = real_inputs / "datasets" / "gsm8k_train.jsonl"
     output, resident = main_job(str(stories), data, tmp_path, "--max-length", "512")
     assert "7,472 sequences scored" in output
