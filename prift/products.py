@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_SLICE_ROWS = 16384  # vocabulary rows widened at a time
+_SLICE_ROWS = 4096  # vocabulary rows widened at a time
 
 
 def project(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from prift.backends import BadLogits
-from prift.heads import body_of, check_head, head_of
+from prift.heads import Head, body_of, check_head, head_of
 from prift.identity import PriorIdentity, config_digest, quantization_of, weights_digest
 from prift.models import attention_for, checkpoint_dtype, load_model, weight_files
 from prift.stats import STATS_VERSION, NotADistribution, TokenStats, token_stats
 
-_LOGITS_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}  # of one float32 block of rows x vocabulary
+_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of a float32 block; statistics take 3 more
 DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 
@@ -113,7 +113,8 @@ class HFScorer:
         # Position t is predicted by the hidden state of position t - 1.
         hidden_NH = hidden_BTH[self._tensor(rows), self._tensor(np.concatenate(positions) - 1)]
         del hidden_BTH
-        return self._head_stats(hidden_NH, self._tensor(targets))
+        targets_N = self._tensor(targets)
+        return stats_of_rows(hidden_NH, self._head, targets_N, self.identity.logits_dtype)
 
     def _hidden(self, sequences: list[np.ndarray]) -> torch.Tensor:
         """Hidden states [B, T, H] after the final norm, sequences padded on the right.
@@ -132,20 +133,6 @@ class HFScorer:
             use_cache=False,
         ).last_hidden_state
 
-    def _head_stats(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> TokenStats:
-        budget = _LOGITS_BYTES.get(self._device.type, 1 << 30)
-        block = max(1, budget // (4 * self._head.weight.shape[0]))
-        found = []
-        for i in range(0, len(targets_N), block):
-            z_RV = self._head.logits(hidden_NH[i : i + block])
-            if self.identity.logits_dtype == "bfloat16":
-                z_RV = z_RV.bfloat16().float()  # the rounding of the PriFT authors' code
-            try:
-                found.append(token_stats(z_RV, targets_N[i : i + block]).map(torch.Tensor.cpu))
-            except NotADistribution as error:
-                raise NotADistribution(i + error.row) from error
-        return TokenStats.concatenate(found)
-
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.tensor(array, dtype=torch.int64, device=self._device)
 
@@ -160,3 +147,34 @@ def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]
         batch.append(index)
     if batch:
         yield batch
+
+
+def stats_of_rows(
+    hidden_NH: torch.Tensor, head: Head, targets_N: torch.Tensor, logits_dtype: str
+) -> TokenStats:
+    """Statistics [N] on the CPU, from hidden states; a block of rows x vocabulary at a time.
+
+    logits_dtype 'bfloat16' rounds the logits as the PriFT authors' code does.
+    Raises NotADistribution.
+    """
+    budget = _LOGITS_BYTES.get(hidden_NH.device.type, 256 << 20)
+    block = max(1, budget // (4 * head.weight.shape[0]))
+    found = []
+    for i in range(0, len(targets_N), block):
+        try:
+            found.append(
+                _block_stats(hidden_NH[i : i + block], head, targets_N[i : i + block], logits_dtype)
+            )
+        except NotADistribution as error:
+            raise NotADistribution(i + error.row) from error
+    return TokenStats.concatenate(found)
+
+
+def _block_stats(
+    hidden_RH: torch.Tensor, head: Head, targets_R: torch.Tensor, logits_dtype: str
+) -> TokenStats:
+    """One block's; its logits are gone before the next block's are made."""
+    z_RV = head.logits(hidden_RH)
+    if logits_dtype == "bfloat16":
+        z_RV = z_RV.bfloat16().float()
+    return token_stats(z_RV, targets_R).map(torch.Tensor.cpu)
