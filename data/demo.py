@@ -21,6 +21,9 @@ MODEL, TRAIN, EVAL, TEST = (
     HERE / "demo" / "eval.jsonl",
     HERE / "demo" / "test.jsonl",
 )
+# One thread: this model is too small to share out, and two threads that wait for each other on a
+# machine that is busy with something else are ten times slower than one.
+ENVIRONMENT = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 METHODS = ("sft", "dft", "prift-prob", "prift-mass")
 TRAINING = (
     "--num_train_epochs 2 --per_device_train_batch_size 16 --learning_rate 5e-4 "
@@ -56,9 +59,7 @@ def prift(*words: object) -> None:
     """Runs a prift command as a user would, showing it first."""
     command = ["prift", *(_short(w) for w in words)]
     print(f"\n$ {shlex.join(command)}", flush=True)
-    subprocess.run(
-        [sys.executable, "-m", *command], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
-    )
+    subprocess.run([sys.executable, "-m", *command], check=True, env={**ENVIRONMENT, **os.environ})
 
 
 def _short(word: object) -> str:
