@@ -36,3 +36,29 @@ def real_inputs() -> Path:
 def stories(real_inputs):
     """The folder of a real pretrained model of 260,032 parameters."""
     return real_inputs / "models" / "stories260k"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """The folder of a tiny random model with its tokenizer, for the command line's tests."""
+    from tests import cli_fixtures
+
+    return cli_fixtures.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """Prompt/completion rows that fit it."""
+    from tests import cli_fixtures
+
+    return cli_fixtures.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A model, data and a cache that holds them, with both commands at hand."""
+    from tests.lab import Lab
+
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    lab.precompute()
+    return lab

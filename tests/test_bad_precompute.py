@@ -15,16 +15,6 @@ from tests.toy_tokenizers import CHATML, byte_level
 CHAT = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return cli.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    return cli.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
 @pytest.fixture
 def copy(model, tmp_path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "copy"))

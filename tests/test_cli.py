@@ -122,16 +122,6 @@ def test_missing_required_options():
     cli.refused(cli.prift("train", "--model", "x", "--data", "y"), "'--output'", code=2)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return cli.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    return cli.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
 def test_precompute_json(model, data, tmp_path):
     done = cli.precompute(model, data, tmp_path / "cache", "--json")
     cli.succeeded(done)

@@ -12,16 +12,6 @@ from prift.errors import OptionError
 from tests import cli_fixtures as cli
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return cli.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    return cli.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
 @pytest.fixture
 def config(tmp_path):
     """Writes these values (or this text) to a config file; its path."""

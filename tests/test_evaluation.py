@@ -11,16 +11,6 @@ from prift.arguments import training_arguments
 from tests import cli_fixtures as cli
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return cli.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    return cli.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
 def arguments(*flags: str):
     return training_arguments("out", {}, flags, has_eval_data=True)[0]
 

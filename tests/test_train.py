@@ -19,13 +19,6 @@ from tests.lab import Lab
 FLAGS = "--max_steps 4 --learning_rate 1e-3 --per_device_train_batch_size 4"
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    lab = Lab(tmp_path_factory.mktemp("lab"))
-    lab.precompute()
-    return lab
-
-
 def test_the_result_is_an_ordinary_checkpoint(lab):
     lab.train("ordinary", "prift-prob", FLAGS)
     output = lab.root / "ordinary"

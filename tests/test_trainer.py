@@ -15,13 +15,6 @@ from tests.lab import Lab
 FLAGS = "--max_steps 20 --learning_rate 3e-3 --per_device_train_batch_size 4"
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    lab = Lab(tmp_path_factory.mktemp("lab"))
-    lab.precompute()
-    return lab
-
-
 def plain_trainer(lab: Lab, output: str, accumulation: int) -> list[float]:
     """Losses of transformers.Trainer's own supervised fine-tuning on the same examples."""
     config = tf.AutoConfig.from_pretrained(lab.model)
