@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all bench-score lint docs data clean
+.PHONY: demo test test-all bench-score bench-rounding lint docs data clean
 
 # torch first and by itself: any other package that asks for torch would pull another build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,8 +22,11 @@ test: $(VENV)/.installed  ## every test that is not marked slow
 test-all: $(VENV)/.installed  ## the slow ones too
 	@$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
-bench-score: $(VENV)/.installed  ## what the statistics cost on top of the output projection
+bench-score: $(VENV)/.installed  ## what the statistics cost on top of the forward pass
 	@$(BIN)/python -m benchmarks.score --json bench-score.json
+
+bench-rounding: $(VENV)/.installed  ## what rounding and the counting of ties do to the weights
+	@$(BIN)/python -m benchmarks.rounding --json bench-rounding.json
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

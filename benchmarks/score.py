@@ -1,130 +1,118 @@
-"""What the statistics cost on top of the output projection: `make bench-score`.
+"""What statistics cost on top of the output projection: `make bench-score`.
 
-In one interleaved run, for hidden states of 512 label rows and a random projection:
+Two tables, each from interleaved runs, ratios to the floor of the same dtype:
 
-    projection   the bare matrix product, whole or in tiles into one buffer, the faster: the floor
-    prift        projection and all core statistics, in prift's blocks
-    softmax-sort log_softmax, sort and cumsum of the same logits, in its fastest block size
-    online-score what PriFT's authors compute per batch from a reference model's logits (softmax,
-                 the mass strictly below the target, the target's own), from the paper's formula
+1. Projection and statistics alone: hidden states of 512 label rows, hidden size 896, and a random
+   projection. The floor is the bare matrix product (benchmarks/variants.py says what is compared).
+2. The whole of stage 1: a random Qwen2 of hidden size 256 and six layers over GSM8K-like rows,
+   batches as prift cuts them. The floor is the body plus the bare product on the same batches;
+   `precompute` is the whole command's work: loading, tokenising, scoring, writing.
 
-One thread, process CPU time, minimum of the rounds; peak memory is what each allocates above the
-operands, from the resident set. Prints ratios to the floor; --json FILE writes them.
+One thread, process CPU time, least of the rounds; two-thread wall time beside it. Memory is the
+peak above the operands, in a process of its own. --json FILE writes all numbers.
 """
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
-import time
+import functools
+import tempfile
+from pathlib import Path
 
 import torch
 
-from prift.backends.hf import stats_of_rows
-from prift.heads import Head
+from benchmarks.measure import growth, interleaved, machine, table, wall, write
+from benchmarks.stage import Stage
+from benchmarks.variants import VARIANTS, runner
 
 ROWS, HIDDEN = 512, 896
-VARIANTS = ("projection", "prift", "softmax-sort", "online-score")
+VOCABULARIES = (151_936, 32_000)
+DTYPES = ("float32", "bfloat16")
 
 
-def run(
-    variant: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, block: int
-):
-    """One pass of a variant over all rows, `block` rows at a time."""
-    if variant == "prift":
-        return stats_of_rows(hidden, Head(weight), targets, "float32")
-    for i in range(0, len(targets), block):
-        z = hidden[i : i + block] @ weight.T
-        y = targets[i : i + block, None]
-        if variant == "softmax-sort":
-            ordered = z.float().log_softmax(1).sort(1, descending=True).values
-            ordered.exp().cumsum(1)
-        elif variant == "online-score":
-            q = z.float().softmax(1)
-            own = q.gather(1, y)
-            _ = torch.where(q < own, q, 0).sum(1) + own[:, 0] >= 0.5
-    return None
-
-
-def fastest_block(variant: str, *operands: torch.Tensor) -> int:
-    """The block size in which the variant is fastest, each tried once."""
-    times = {}
-    for block in (8, 32, 128, ROWS):
-        begin = time.process_time()
-        run(variant, *operands, block)
-        times[block] = time.process_time() - begin
-    return min(times, key=times.get)
-
-
-def measure(vocabulary: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Seconds of process CPU time per variant, least of the rounds."""
+def operands(
+    vocabulary: int, dtype: str, rows: int = ROWS
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random hidden states, projection and targets; half of the targets are likely ones."""
     torch.manual_seed(0)
-    hidden = torch.randn(ROWS, HIDDEN).to(dtype)
-    weight = (torch.randn(vocabulary, HIDDEN) * 0.1).to(dtype)
-    targets = torch.randint(0, vocabulary, (ROWS,))
-    operands = (hidden, weight, targets)
-    with torch.inference_mode():
-        blocks = {v: fastest_block(v, *operands) for v in VARIANTS}
-        best = dict.fromkeys(VARIANTS, float("inf"))
-        for _ in range(rounds):
-            for variant in VARIANTS:
-                begin = time.process_time()
-                run(variant, *operands, blocks[variant])
-                best[variant] = min(best[variant], time.process_time() - begin)
-    return best
+    hidden = torch.randn(rows, HIDDEN).to(getattr(torch, dtype))
+    weight = (torch.randn(vocabulary, HIDDEN) * 0.1).to(hidden.dtype)
+    targets = torch.randint(0, vocabulary, (rows,))
+    half = rows // 2
+    targets[:half] = torch.cat([(h @ weight.T).argmax(1) for h in hidden[:half].split(64)])
+    return hidden, weight, targets
 
 
-def resident(name: str) -> float:
-    """A memory line of this process's status, in MiB (Linux)."""
-    lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
-    return int(lines[name].split()[0]) / 1024
-
-
-def peak(variant: str, vocabulary: int, dtype: str) -> float:
-    """MiB above the operands, in a process of its own."""
-    code = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from benchmarks.score import HIDDEN, ROWS, resident, run\n"
-        f"h = torch.zeros(ROWS, HIDDEN).normal_().to(torch.{dtype})\n"
-        f"w = torch.empty({vocabulary}, HIDDEN, dtype=torch.{dtype}).normal_()\n"
-        f"y = torch.randint(0, {vocabulary}, (ROWS,))\n"
-        "open('/proc/self/clear_refs', 'w').write('5')  # the high-water mark starts here\n"
-        "before = resident('VmRSS')\n"
-        f"with torch.inference_mode(): run({variant!r}, h, w, y, 8)\n"
-        "print(resident('VmHWM') - before)\n"
+def memory(variant: str, vocabulary: int, dtype: str) -> float:
+    """MiB above the operands."""
+    setup = (
+        "from benchmarks.score import operands; from benchmarks.variants import runner\n"
+        f"given = operands({vocabulary}, {dtype!r})\n"
+        f"small = [given[0][:2], given[1][:4096], given[2][:2] % 4096]\n"
+        f"runner({variant!r}, *small)()  # builds and loads what is built\n"
+        "from benchmarks import variants; variants.BLOCKS, variants.TILES = (8,), (4096,)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return growth(setup, f"runner({variant!r}, *given)()")
+
+
+def projection(rounds: int, vocabularies: tuple[int, ...]) -> list[dict]:
+    """The first table."""
+    found, lines = [], []
+    for vocabulary in vocabularies:
+        for dtype in DTYPES:
+            given = operands(vocabulary, dtype)
+            runs = {v: runner(v, *given) for v in VARIANTS}
+            seconds, walls = interleaved(runs, rounds), wall(runs, 3, 2)
+            mib = {v: memory(v, vocabulary, dtype) for v in VARIANTS}
+            for name in VARIANTS:
+                found.append({"vocabulary": vocabulary, "dtype": dtype, "variant": name,
+                              "seconds": seconds[name], "wall2": walls[name], "mib": mib[name],
+                              "ratio": seconds[name] / seconds["projection"]})  # fmt: skip
+                lines.append([f"{vocabulary:,}", dtype, name, f"{ROWS / seconds[name]:,.0f}",
+                              f"{seconds[name] / seconds['projection']:.2f}",
+                              f"{walls[name] / walls['projection']:.2f}",
+                              f"{mib[name]:,.0f}"])  # fmt: skip
+    head = ["vocabulary", "dtype", "variant", "rows/s", "ratio, 1 thread", "ratio, 2 threads, wall"]
+    table([*head, "MiB"], lines)
+    return found
+
+
+def stage(rounds: int, vocabularies: tuple[int, ...], rows: int) -> list[dict]:
+    """The second table."""
+    found, lines = [], []
+    for vocabulary in vocabularies:
+        for dtype in DTYPES:
+            with tempfile.TemporaryDirectory() as folder:
+                whole = Stage(Path(folder), vocabulary, dtype, rows)
+                runs = {name: functools.partial(whole.run, name) for name in Stage.VARIANTS}
+                seconds = interleaved(runs, rounds)
+                mib = {v: whole.memory(v) for v in Stage.VARIANTS}
+            for name in Stage.VARIANTS:
+                ratio = seconds[name] / seconds["floor"]
+                found.append({"vocabulary": vocabulary, "dtype": dtype, "variant": name,
+                              "tokens": whole.tokens, "labels": whole.labels, "ratio": ratio,
+                              "seconds": seconds[name], "mib": mib[name]})  # fmt: skip
+                lines.append([f"{vocabulary:,}", dtype, name, f"{whole.tokens:,}",
+                              f"{whole.tokens / seconds[name]:,.0f}", f"{ratio:.2f}",
+                              f"{mib[name]:,.0f}"])  # fmt: skip
+    table(["vocabulary", "dtype", "variant", "tokens", "tokens/s", "ratio", "MiB"], lines)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of the first table")
+    parser.add_argument("--stage-rounds", type=int, default=3, help="of the second table")
+    parser.add_argument("--vocabulary", type=int, nargs="*", default=list(VOCABULARIES))
+    parser.add_argument("--rows", type=int, default=64, help="data rows of the second table")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
-    print(f"{platform.machine()}, torch {torch.__version__}, one thread, {options.rounds} rounds")
-    print(
-        f"{'vocabulary':>10} {'dtype':>9}  "
-        + "".join(f"{v:>14}" for v in VARIANTS)
-        + "   prift MiB"
-    )
-    for vocabulary in (151_936, 32_000):
-        for dtype in ("float32", "bfloat16"):
-            seconds = measure(vocabulary, getattr(torch, dtype), options.rounds)
-            ratios = {v: seconds[v] / seconds["projection"] for v in VARIANTS}
-            memory = peak("prift", vocabulary, dtype)
-            row = "".join(f"{ratios[v]:14.2f}" for v in VARIANTS)
-            print(f"{vocabulary:>10,} {dtype:>9}  {row}   {memory:9.0f}", flush=True)
-            found.append(
-                {"vocabulary": vocabulary, "dtype": dtype, "seconds": seconds, "ratios": ratios,
-                 "prift_peak_mib": memory}
-            )  # fmt: skip
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(found, file, indent=1)
+    print(machine())
+    vocabularies = tuple(options.vocabulary)
+    print(f"\n{ROWS} rows, hidden size {HIDDEN}, least of {options.rounds} rounds\n")
+    first = projection(options.rounds, vocabularies)
+    print(f"\nQwen2, hidden size 256, 6 layers, least of {options.stage_rounds} rounds\n")
+    second = stage(options.stage_rounds, vocabularies, options.rows)
+    write(options.json, {"machine": machine(), "projection": first, "stage": second})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,14 @@ from .options import attention, data_options, data_spec, dtype_choice
     help="Score label tokens only, or every token but the first.",
 )
 @click.option(
+    "--statistics",
+    type=click.Choice(["core", "extended"]),
+    default="core",
+    show_default=True,
+    help="extended adds collision, expected_rank and entropy_top20, which sorts every row: "
+    "several times slower.",
+)
+@click.option(
     "--dtype",
     type=dtype_choice,
     default="auto",
@@ -44,7 +52,14 @@ from .options import attention, data_options, data_spec, dtype_choice
     "--batch-tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Padded tokens in a batch.  [default: 4096 on a CPU, 32768 on a GPU]",
+    help="Padded tokens in a batch to begin with; halved where memory does not suffice.  "
+    "[default: 4096 on a CPU, 65536 on a GPU]",
+)
+@click.option(
+    "--compile/--no-compile",
+    default=None,
+    help="Compile the pass over the vocabulary, which takes some seconds at the start.  "
+    "[default: where it pays and a compiler is there]",
 )
 @click.option(
     "--part-seconds",
@@ -75,6 +90,7 @@ def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
     quiet()
     spec = data_spec(options)
     model, cache = options.pop("model"), options.pop("cache")
+    options["compiled"] = options.pop("compile")
     del options["config"], options["debug"]
     result = run(model, spec, cache, PrecomputeOptions(**options), say)
     if json_output:

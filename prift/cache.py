@@ -106,7 +106,7 @@ class PriorCache:
         wanted  N arrays of spans: the positions asked for
         names   statistics asked for
         """
-        return np.flatnonzero(self._find(keys, *_flat(wanted), names) < 0).tolist()
+        return np.flatnonzero(self._find(keys, *spans.flat(wanted), names) < 0).tolist()
 
     def read(
         self, keys: np.ndarray, wanted: Sequence[np.ndarray], names: Sequence[str]
@@ -116,7 +116,7 @@ class PriorCache:
         Raises MissingPrior where a sequence has no row (use `missing` to say which), CacheError
         where a part does not match the hash in its name or a row contradicts its own spans.
         """
-        flat, counts = _flat(wanted)
+        flat, counts = spans.flat(wanted)
         rows = self._find(keys, flat, counts, names)
         if (rows < 0).any():
             raise MissingPrior(f"{int((rows < 0).sum())} sequences have no row")
@@ -215,9 +215,3 @@ class _Copy:
 def _halves(keys: np.ndarray) -> np.ndarray:
     """uint64 [N, 2] of 'S16' keys: found several times faster than bytes are."""
     return np.ascontiguousarray(keys, "S16").view(np.uint64).reshape(-1, 2)
-
-
-def _flat(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of runs as one array, and int64 [R], how many entries each has."""
-    counts = np.fromiter(map(len, rows), np.int64, len(rows))
-    return np.concatenate([np.zeros(0, np.int32), *rows]), counts

@@ -1,12 +1,13 @@
 """The data options that both commands share: what they load, and the command that scores it."""
 
 import shlex
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prift.errors import DataError
-from prift.examples import Examples, TextOptions, load_examples
+from prift.examples import Examples, TextOptions, Window, load_examples, load_windows
 from prift.models import context_length, vocabulary_size
 from prift.tokenizers import load_tokenizer
 
@@ -51,6 +52,27 @@ class DataSpec:
         )
         _check_vocabulary(examples, vocabulary_size(config))
         return examples
+
+    def windows(
+        self, tokenizer: Any, config: Any, rows: int, advance: Callable[[int], None]
+    ) -> Iterator[Window]:
+        """The same examples a window at a time, each window checked: see `load_windows`."""
+        vocabulary = vocabulary_size(config)
+
+        def checked(window: Window) -> Window:
+            _check_vocabulary(window.examples, vocabulary)
+            return window
+
+        windows = load_windows(
+            self.data,
+            tokenizer,
+            self.text,
+            context=context_length(config),
+            data_weights=self.weights or None,
+            rows=rows,
+            advance=advance,
+        )
+        return map(checked, windows)  # unlike a generator, it keeps no window that it has given
 
     def precompute_command(self, model: str, cache: str) -> str:
         """The command that puts these examples' statistics into the cache."""

@@ -1,11 +1,13 @@
 """Examples: THE only tokenising path, so that both commands see the same ids.
 
 `load_examples` reads every row (loader.py), refuses what cannot be trained on, and repeats or
-thins out each dataset by its weight.
+thins out each dataset by its weight. `load_windows` gives the same examples, each once, a window
+at a time, so that work on one can go on while the next is read.
 """
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +17,13 @@ from prift.loader import Loader, Store, TextOptions
 from prift.progress import progress
 from prift.report import Report
 
-__all__ = ["Example", "Examples", "Report", "TextOptions", "load_examples"]
+__all__ = ["Example", "Examples", "Report", "TextOptions", "Window", "load_examples"]
+
+WINDOW_ROWS = 8192
+"""Examples of a window: enough to sort them by length into full batches, few enough to hold some
+windows in memory. Fixed, since what is batched together decides the last bits of the results."""
+
+_WINDOW_TOKENS = 1 << 24  # a window of long examples ends here: 80 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +97,87 @@ def load_examples(
     """
     weights = list(data_weights) if data_weights is not None else [1.0] * len(data)
     _check(data, options, context, weights)
-    loader = Loader(tokenizer, options, context)
+    loader, store = Loader(tokenizer, options, context), Store()
     parts = []
     with progress("tokenising", total=None, unit="rows") as advance:
         for number, (one, weight) in enumerate(zip(data, weights, strict=True)):
-            begin = len(loader.store)
-            loader.load(one, advance)
-            parts.append(_weighted(begin, len(loader.store), weight, [options.seed, number]))
+            begin = len(store)
+            for batch in loader.read(one, advance):
+                for encoded, row in batch:
+                    store.add(encoded, row)
+            parts.append(begin + _weighted(len(store) - begin, weight, [options.seed, number]))
     loader.refuse_unfit()
     order = np.concatenate(parts)
     if len(order) == 0:
-        raise DataError(
-            f"no examples in {', '.join(data)}: the data weights leave none, or all were dropped"
-        )
-    examples = Examples(loader.store, order, loader.report)
-    report = loader.report
-    report.examples, report.tokens = len(examples), examples.num_tokens
-    report.labels = examples.num_labels
+        raise _nothing(data)
+    examples = Examples(store, order, loader.report)
+    loader.report.add(len(examples), examples.num_tokens, examples.num_labels)
     return examples
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Some of the examples, in order; their `report` is that of all that was read so far.
+
+    last  there is no further window, and the report is complete. Where the last window is just
+          full, that is not known yet, and False
+    """
+
+    examples: Examples
+    last: bool
+
+
+def load_windows(
+    data: Sequence[str],
+    tokenizer,
+    options: TextOptions,
+    *,
+    context: int | None,
+    data_weights: Sequence[float] | None = None,
+    rows: int = WINDOW_ROWS,
+    advance: Callable[[int], None] = lambda amount: None,
+) -> Iterator[Window]:
+    """Every example that `load_examples` has, once each, in windows of `rows`; same order.
+
+    Which of a dataset with a weight below 1 are drawn depends on how many there are, so such a
+    dataset is read twice: first to count.
+
+    advance  called after each batch of rows read, with their number; may raise to end the reading
+
+    Raises as load_examples does, the first unfit row behind the windows before it. A window with
+    examples that `load_examples` would refuse is not given, nor is any after it: the rest is read
+    for the counts in the message.
+    """
+    weights = list(data_weights) if data_weights is not None else [1.0] * len(data)
+    _check(data, options, context, weights)
+    loader, store = Loader(tokenizer, options, context, batch=rows), Store()
+    for number, (one, weight) in enumerate(zip(data, weights, strict=True)):
+        seed = [options.seed, number]
+        drawn = None  # all
+        if weight < 1 and not loader.unfit:
+            count = loader.count(one, advance)
+            drawn = np.isin(np.arange(count), _weighted(count, weight, seed))
+        tokens, labels = array("q"), array("q")  # of each example
+        for batch in loader.read(one, advance):
+            if loader.unfit:
+                store = Store()
+                continue
+            for encoded, row in batch:
+                tokens.append(len(encoded.input_ids))
+                labels.append(int(encoded.label_mask.sum()))
+                if drawn is None or drawn[len(tokens) - 1]:
+                    store.add(encoded, row)
+                if len(store) >= rows or len(store.ids) >= _WINDOW_TOKENS:
+                    yield Window(Examples(store, np.arange(len(store)), loader.report), False)
+                    store = Store()
+        order = _weighted(len(tokens), weight, seed)
+        totals = (int(np.frombuffer(x, np.int64)[order].sum()) for x in (tokens, labels))
+        loader.report.add(len(order), *totals)
+    loader.refuse_unfit()
+    if loader.report.examples == 0:
+        raise _nothing(data)
+    if len(store):
+        yield Window(Examples(store, np.arange(len(store)), loader.report), True)
 
 
 def _check(
@@ -136,10 +207,16 @@ def _check(
         )
 
 
-def _weighted(begin: int, end: int, weight: float, seed: list[int]) -> np.ndarray:
-    """int64: examples begin..end floor(weight) times, then a random share of them for the rest."""
-    everything = np.arange(begin, end, dtype=np.int64)
-    share = int((weight - math.floor(weight)) * len(everything) + 0.5)
+def _nothing(data: Sequence[str]) -> DataError:
+    return DataError(
+        f"no examples in {', '.join(data)}: the data weights leave none, or all were dropped"
+    )
+
+
+def _weighted(count: int, weight: float, seed: list[int]) -> np.ndarray:
+    """int64: `count` examples floor(weight) times, then a random share of them for the rest."""
+    everything = np.arange(count, dtype=np.int64)
+    share = int((weight - math.floor(weight)) * count + 0.5)
     # RandomState, because its stream is the same in every version of numpy.
-    some = np.random.RandomState(seed).permutation(len(everything))[:share]
-    return np.concatenate([everything] * math.floor(weight) + [everything[np.sort(some)]])
+    some = np.random.RandomState(seed).permutation(count)[:share]
+    return np.concatenate([everything] * math.floor(weight) + [np.sort(some)])

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from prift.errors import ModelError
-from prift.heads import body_of, check_head, head_of
+from prift.headcheck import check_head
+from prift.heads import accepted, body_of, head_of
 from prift.loss import weighted_loss
 from prift.rules import Weigher
 from prift.stats import TokenStats
@@ -58,12 +59,15 @@ def install(model: nn.Module, weigher: Weigher) -> None:
         # No mask: padding is on the right, where a causal model's tokens never look, and
         # attention without a mask takes its fast causal path. Only the router's balance needs it.
         mask_BT = inputs.pop("attention_mask", None)
-        answer = body(*args, **inputs, use_cache=False, **_router_arguments(model))
+        optional = {"position_ids": inputs.pop("position_ids", None), "use_cache": False}
+        inputs |= accepted(body, optional) | _router_arguments(model)  # state spaces take neither
+        answer = body(*args, **inputs)
+        head = head_of(model)
         tokens = LabelTokens.of(weighted["labels"])
         prior = TokenStats(**{n: tokens.pick(v) for n, v in weighted["prior"].items()})
         out = weighted_loss(
-            answer.last_hidden_state[tokens.row, tokens.column],
-            head_of(model),
+            answer.last_hidden_state[tokens.row, tokens.column].to(head.weight.dtype),
+            head,
             tokens.target,
             weigher,
             prior,

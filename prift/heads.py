@@ -3,10 +3,12 @@
 A causal language model is a body, which ends in hidden states, and a head, which makes logits of
 them: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap). prift runs the two
 apart, so that prompt rows never meet the vocabulary. Logits are float32 whatever the weights are:
-rounding them to bfloat16 ties a tenth or more of all targets with another token.
+rounding them to bfloat16 ties about a tenth of all targets with another token
+(docs/precision.md).
 """
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +17,18 @@ from torch import Tensor, nn
 from prift.errors import ModelError
 from prift.products import project
 
-_ENLARGED = 60.0  # largest logit of the enlarged check: caps in use are 15 to 50
+_SCALES = {  # config name -> power of its factor on the logits
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "logits_scaling": -1,  # Granite; MiniCPM3, on the hidden states
+    "logits_mup_width_multiplier": -1,  # Inkling, on the hidden states
+}
+_OTHER_SCALES = {  # model types that mean something else by the same name
+    "hyperclovax": {"logits_scaling": 1},
+    "mpt": {"logit_scale": 0},  # in the config, and unused
+}
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Gemma and NanoChat; RecurrentGemma; xLSTM
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +47,24 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """float32 logits [N, V] of hidden states [N, H]."""
-        z_NV = project(hidden_NH, self.weight)
+    def part(self, tokens: slice | Tensor) -> "Head":
+        """The head of these tokens only: a view for a slice, a copy for int64 indices."""
+        bias = None if self.bias is None else self.bias[tokens]
+        return replace(self, weight=self.weight[tokens], bias=bias)
+
+    def logits(self, hidden_NH: Tensor, out_NV: Tensor | None = None) -> Tensor:
+        """float32 logits [N, V] of hidden states [N, H], in `out_NV` where it is given."""
+        z_NV = project(hidden_NH, self.weight, out_NV)
         if self.bias is not None:
             z_NV += self.bias
         return self.finish(z_NV)
+
+    def rounded(self, hidden_NH: Tensor) -> Tensor:
+        """bfloat16 logits [N, V]: a bfloat16 model's own, every step rounded as there; those of
+        another dtype rounded once, at the end."""
+        if self.weight.dtype != torch.bfloat16:
+            return self.logits(hidden_NH).bfloat16()
+        return self.finish(nn.functional.linear(hidden_NH, self.weight, self.bias))
 
     def finish(self, z_NV: Tensor) -> Tensor:
         """Scales and caps the raw projection, in place."""
@@ -62,6 +87,11 @@ def body_of(model: nn.Module) -> nn.Module:
     """The part of a causal language model that ends in hidden states. Raises ModelError."""
     body = model.base_model
     if body is model:
+        body = getattr(model, "model", model)  # Llama 4 names a prefix that it has not
+    # OPT and the decoders of encoder-decoder families: the model's own forward runs this part.
+    inner = getattr(body, "decoder", None)
+    body = inner if hasattr(inner, "config") else body
+    if body is model:
         raise ModelError(
             f"{type(model).__name__} does not separate its body from its output projection, so "
             "prift cannot run one without the other. Use another model class."
@@ -69,10 +99,32 @@ def body_of(model: nn.Module) -> nn.Module:
     return body
 
 
+def run_body(body: nn.Module, ids_BT: Tensor, head: Head) -> Tensor:
+    """Hidden states [B, T, H] of int64 ids padded on the right, as `head` takes them.
+
+    Neither attention mask nor position ids. A causal model's tokens never see the padding behind
+    them (headcheck.check_causal), without a mask attention takes its fast causal path, and every
+    model counts positions from its own first one: RoBERTa's is not 0, state space models have none.
+    The answer has the dtype of the head's weights, to which a body that ends in float32 (Mamba) is
+    rounded by its own model too, and their device: a tied projection of a model on several devices
+    lies with the embedding. Raises ModelError for a body that answers something else.
+    """
+    answer = body(input_ids=ids_BT, **accepted(body, {"use_cache": False}))
+    if getattr(answer, "last_hidden_state", None) is None:
+        raise ModelError(f"{type(body).__name__} answers without last_hidden_state.")
+    return answer.last_hidden_state.to(head.weight)
+
+
+def accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that the module's forward names; some refuse what they do not."""
+    names = inspect.signature(module.forward).parameters
+    return {name: value for name, value in arguments.items() if name in names}
+
+
 def head_of(model: nn.Module) -> Head:
     """The head of a transformers causal language model, read from its modules and config.
 
-    What a config does not name in the ways known here is caught by `check_head`.
+    What a config does not name in the ways known here is caught by `headcheck.misfit`.
     Raises ModelError for a model without a linear output projection.
     """
     projection = model.get_output_embeddings()
@@ -83,58 +135,11 @@ def head_of(model: nn.Module) -> Head:
             "(--lora-target) and quantised projections are not supported."
         )
     config = model.config.get_text_config()
+    powers = _SCALES | _OTHER_SCALES.get(config.model_type, {})
     scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        scale *= getattr(config, name, None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(projection.weight, projection.bias, float(scale), softcap)
-
-
-@torch.no_grad()
-def check_head(model: nn.Module, head: Head) -> None:
-    """Compares `head` with the model's own logits on a few tokens, as they are and enlarged.
-
-    Enlarged, because a soft cap hardly shows where logits are small, and half precision would
-    hide it. Raises ModelError where they differ by more than the rounding of the model's dtype:
-    then the architecture does something to its logits that `head_of` does not know.
-    """
-    training, body = model.training, body_of(model)
-    model.eval()
-    vocabulary = head.weight.shape[0]
-    ids = torch.linspace(0, vocabulary - 1, 16, device=head.weight.device).long()[None]
-    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-    largest = project(hidden[0], head.weight).nan_to_num(0.0).abs().max().clamp_min(1e-6)
-    for factor in (1.0, float(_ENLARGED / largest / abs(head.scale))):
-        chosen = hidden * factor
-        ours = head.logits(chosen[0])
-        hook = body.register_forward_hook(lambda *call, h=chosen: _with_hidden(call[-1], h))
-        try:
-            theirs = model(input_ids=ids, use_cache=False).logits[0].float()
-        finally:
-            hook.remove()
-        excess, worst = _excess(ours, theirs, torch.finfo(head.weight.dtype).eps)
-        if not excess <= 0:
-            raise ModelError(
-                f"prift does not understand how {type(model).__name__} makes its logits: made "
-                f"again from the same hidden states they differ by {worst:.3g}. Statistics and "
-                "gradients would be wrong, so nothing was done."
-            )
-    model.train(training)
-
-
-def _with_hidden(answer: Any, hidden_BTH: Tensor) -> Any:
-    answer.last_hidden_state = hidden_BTH
-    return answer
-
-
-def _excess(ours: Tensor, theirs: Tensor, eps: float) -> tuple[float, float]:
-    """(difference beyond the rounding of a few operations, largest difference)."""
-    if ours.shape != theirs.shape:
-        return float("inf"), float("inf")
-    both_nan = ours.isnan() & theirs.isnan()  # broken weights: scoring names the example
-    difference = (ours - theirs).masked_fill(both_nan, 0).abs()
-    size = theirs.nan_to_num(0.0).abs()
-    # float32 sums differ with the shape of the product; half precision rounds each result.
-    allowed = eps * (2 * size + (8.0 if eps < 1e-5 else 0.02) * size.max())
-    return float((difference - allowed).max()), float(difference.max())
+    for name, power in powers.items():
+        scale *= float(getattr(config, name, None) or 1.0) ** power
+    softcap = next((c for n in _SOFTCAPS if (c := getattr(config, n, None)) is not None), None)
+    head = Head(projection.weight, projection.bias, scale, softcap)
+    rows = getattr(config, "unpadded_vocab_size", None)  # Inkling drops the logits of padding rows
+    return head.part(slice(rows)) if rows else head

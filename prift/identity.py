@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prift.errors import CacheError
+from prift.home import cache_home
 
 # Fields of a config that say where it came from or how it is run, not what it computes.
 _NOT_NUMBERS = frozenset(
@@ -105,11 +106,6 @@ def _numbers_only(value: Any) -> Any:
     if isinstance(value, list):
         return [_numbers_only(v) for v in value]
     return value
-
-
-def cache_home() -> Path:
-    """Where prift keeps things by default: $XDG_CACHE_HOME/prift or ~/.cache/prift."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prift"
 
 
 def file_digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Rows -> token sequences in flat arrays; the steps that every `--data` goes through.
+"""Rows -> token sequences; the steps that every `--data` goes through, a batch of rows at a time.
 
 1. read rows (rows.py)                  3. row -> text -> ids, in batches (encode.py, chat.py)
 2. choose the format by the first row   4. cut at max_length; drop, count or refuse what is unfit
@@ -6,7 +6,7 @@
 
 import itertools
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from prift.chat import Template, render_chat, with_system
@@ -45,7 +45,7 @@ class TextOptions:
 
 
 class Store:
-    """Growing flat arrays: examples before data weights, in the order of reading."""
+    """Growing flat arrays: examples in the order of reading, each once."""
 
     def __init__(self) -> None:
         self.ids, self.mask, self.offsets = array("i"), bytearray(), array("q", [0])
@@ -69,40 +69,60 @@ class Store:
 
 
 class Loader:
-    """Reads one `--data` after the other into `store`, and counts into `report`."""
+    """Reads one `--data` after the other, and counts into `report`.
 
-    def __init__(self, tokenizer, options: TextOptions, context: int | None) -> None:
-        self.store = Store()
+    batch  rows tokenised at once, at most
+    codec  of the tokenizer, where there is one already
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        options: TextOptions,
+        context: int | None,
+        batch: int = _BATCH,
+        codec: Codec | None = None,
+    ) -> None:
         self.report = Report()
         self._tokenizer = tokenizer
-        self._codec = Codec(tokenizer)
+        self._codec = codec or Codec(tokenizer)
         self._options = options
         self._context = context
+        self._batch = min(batch, _BATCH)
         self._template: Template | None = None
         self._unlabelled: list[str] = []
         self._too_long: list[str] = []
         self._longest = 0
         self.report.no_eos = self._codec.eos is None
 
-    def load(self, data: str, advance: Callable[[int], None]) -> None:
-        """All rows of one dataset. Raises DataError or OptionError for the first that is unfit."""
+    def read(
+        self, data: str, advance: Callable[[int], None]
+    ) -> Iterator[list[tuple[Encoded, Row]]]:
+        """The examples of one dataset, those of a batch of rows at a time, in order.
+
+        advance  called with the number of rows behind each batch
+        Raises DataError or OptionError for the first row that is unfit to be read; rows that are
+        read but cannot be trained on are noted for `refuse_unfit`.
+        """
         rows = itertools.islice(read_rows(data, self._options.split), self._options.limit)
         first = next(rows, None)
         if first is None:
             raise DataError(f"--data {data} holds no rows")
         chosen = self._choose(first)
         rows = itertools.chain([first], rows)
-        while batch := list(itertools.islice(rows, _BATCH)):
+        while batch := list(itertools.islice(rows, self._batch)):
             items = [self._item(chosen, row) for row in batch]
-            for row, sequences in zip(batch, self._encode(batch, items), strict=True):
-                for encoded in sequences:
-                    self._keep(encoded, row)
+            self.report.formats.setdefault(data, _described(chosen, items[0]))
+            encoded = zip(batch, self._encode(batch, items), strict=True)
+            kept = [self._kept(one, row) for row, sequences in encoded for one in sequences]
             self.report.rows += len(batch)
             advance(len(batch))
-        templated = "chat template" if isinstance(items[0], Chat) else "plain"
-        self.report.formats[data] = (
-            chosen.name if isinstance(items[0], Tokens) else f"{chosen.name}, {templated}"
-        )
+            yield [pair for pair in kept if pair is not None]
+
+    def count(self, data: str, advance: Callable[[int], None]) -> int:
+        """How many examples `read` will give; counts nothing into `report`."""
+        other = Loader(self._tokenizer, self._options, self._context, self._batch, self._codec)
+        return sum(len(kept) for kept in other.read(data, advance))
 
     def _choose(self, first: Row) -> Format:
         try:
@@ -169,23 +189,29 @@ class Loader:
         self.report.unseen_tools += "tools" in rendered.unseen
         return rendered.renderings
 
-    def _keep(self, encoded: Encoded, row: Row) -> None:
-        """Cuts the sequence and stores it, or notes why it is not stored."""
+    def _kept(self, encoded: Encoded, row: Row) -> tuple[Encoded, Row] | None:
+        """The sequence, cut; None where it is no example, and then why is noted."""
         limit = self._options.max_length
         self.report.straddled += encoded.straddled
         if not encoded.label_mask.any():
             self._unlabelled.append(row.where)
-            return
+            return None
         if limit is not None and len(encoded.input_ids) > limit:
             self.report.truncated += 1
             encoded = Encoded(encoded.input_ids[:limit], encoded.label_mask[:limit])
             if not encoded.label_mask.any():
                 self.report.dropped.append(row.where)
-                return
+                return None
         if self._context is not None and len(encoded.input_ids) > self._context:
             self._too_long.append(row.where)
             self._longest = max(self._longest, len(encoded.input_ids))
-        self.store.add(encoded, row)
+        return encoded, row
+
+    @property
+    def unfit(self) -> bool:
+        """Whether `refuse_unfit` would raise."""
+        empty = self.report.dropped and self._options.on_empty == "error"
+        return bool(self._unlabelled or self._too_long or empty)
 
     def refuse_unfit(self) -> None:
         """Raises DataError for rows without labels, sequences over the context, and, with
@@ -208,3 +234,9 @@ class Loader:
                 f"examples without a label: {some(self.report.dropped)}. Raise --max-length, or "
                 "drop them with --on-empty drop"
             )
+
+
+def _described(chosen: Format, item: Item) -> str:
+    if isinstance(item, Tokens):
+        return chosen.name
+    return f"{chosen.name}, {'chat template' if isinstance(item, Chat) else 'plain'}"

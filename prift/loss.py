@@ -145,7 +145,7 @@ def _online_stats(z_CV: Tensor, y_C: Tensor, nll_C: Tensor, weigher: Weigher) ->
     """What the rule needs of the model in training; the logprob alone is known already."""
     if set(weigher.rule.needs) <= {"logprob"}:
         return TokenStats(logprob=(-nll_C).clamp_max(0))
-    return token_stats(z_CV, y_C)
+    return token_stats(z_CV, y_C, weigher.rule.needs).check()
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:

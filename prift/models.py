@@ -113,8 +113,10 @@ def context_length(config: Any) -> int | None:
 
 
 def vocabulary_size(config: Any) -> int:
-    """Rows of the output projection, padding rows included."""
-    return config.get_text_config().vocab_size
+    """Token ids that have a logit: rows of the output projection, padding rows included, save
+    where the architecture drops those (Inkling)."""
+    config = config.get_text_config()
+    return getattr(config, "unpadded_vocab_size", None) or config.vocab_size
 
 
 def checkpoint_dtype(folder: Path, config: Any) -> str:
@@ -152,9 +154,22 @@ def attention_for(config: Any, wanted: str = "auto") -> str:
 
 
 def load_model(
-    folder: Path, config: Any, *, dtype: str, attention: str, trust_remote_code: bool = False
+    folder: Path,
+    config: Any,
+    *,
+    dtype: str,
+    attention: str,
+    trust_remote_code: bool = False,
+    device_map: dict[str, str] | str | None = None,
+    max_memory: dict[int, int] | None = None,
 ) -> Any:
-    """The model on the CPU, weights from safetensors, in `dtype`. Raises ModelError."""
+    """The model in `dtype`, its weights from safetensors.
+
+    device_map, max_memory  where it goes, as `placement.place` says; by default to the CPU. A
+                            model that is spread must not be moved afterwards.
+
+    Raises ModelError, also where weights would be left on the disk.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -170,6 +185,8 @@ def load_model(
             trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            device_map=device_map,
+            max_memory=max_memory,
         )
     except SafetensorError as error:
         names = ", ".join(f.name for f in files)
@@ -185,5 +202,11 @@ def load_model(
         raise ModelError(
             f"{folder}: its weights do not fit its config.json: {len(lacking):,} tensors are "
             f"missing or of another shape, {lacking[0]} among them. Save the model again, whole."
+        )
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise ModelError(
+            f"{folder}: its layers do not fit the free memory of the GPUs: {len(left):,} tensors "
+            f"are left over, {left[0]} among them. Free some memory, or use more or larger GPUs."
         )
     return model

@@ -21,6 +21,9 @@ COLUMN_TYPES = {
     "rank": np.int32,
     "n_tie": np.int32,
     "entropy": np.float32,
+    "collision": np.float32,
+    "expected_rank": np.float32,
+    "entropy_top20": np.float32,
 }
 # What pyarrow raises for a file that is no Parquet, or is damaged, and what it lets through.
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError)

@@ -2,43 +2,53 @@
 
 Scores what the cache does not hold yet, so running the same command again continues a run that
 was killed, and scores nothing once all is there.
+
+The data come in windows. While one is scored here, a thread reads the next and looks up what the
+cache has of it, and another thread writes, so the device waits for neither.
 """
 
-import json
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from prift import spans
-from prift.backends import BadLogits, Scorer, hf
+from prift.backends import BadLogits, Scorer, TooLarge, hf
+from prift.background import Consumer, Prefetch
 from prift.cache import PriorCache
 from prift.dataspec import DataSpec
 from prift.errors import ModelError
-from prift.examples import Examples
+from prift.examples import WINDOW_ROWS, Window
+from prift.identity import PriorIdentity
 from prift.models import load_config, locate, weight_files
+from prift.plan import Plan, Planner
 from prift.progress import progress
-from prift.request import Request, request
-from prift.stats import CORE
-from prift.tokenizers import template_digest, tokenizer_digest
+from prift.provenance import provenance
+from prift.report import Report
+from prift.stats import STATISTICS
 from prift.writer import CacheWriter
+
+_AHEAD = 1  # planned windows that wait; one more is being made
+_UNWRITTEN = 512  # scored rows that wait for the writer, so that one long write stops nobody
 
 
 @dataclass(frozen=True)
 class PrecomputeOptions:
-    """How the prior is run. See `prift precompute --help`."""
+    """How the prior is run. See `prift precompute --help`, and examples.load_windows for the rows
+    of a window."""
 
     dtype: str = "auto"
     logits_dtype: str = "float32"
     attention: str = "auto"
     positions: str = "labels"
+    statistics: str = "core"
     batch_tokens: int | None = None
+    compiled: bool | None = None
     part_seconds: float = 60.0
     trust_remote_code: bool = False
+    window_rows: int = WINDOW_ROWS
 
 
 @dataclass(frozen=True)
@@ -70,67 +80,152 @@ def precompute(
     folder = locate(model, trust_remote_code=options.trust_remote_code)
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
-    examples, tokenizer = spec.load(folder, config)
-    for line in examples.report.lines():
-        say(line)
-    identity = hf.identify(
+    tokenizer = spec.tokenizer_of(folder)
+    with Prefetch(_AHEAD) as ahead:
+        windows, report, known = _begun(spec, tokenizer, config, options.window_rows, ahead.check)
+        for line in known:
+            say(line)
+        identity = _identify(folder, config, options)
+        cache = PriorCache(cache_root, identity)
+        planner = Planner(cache, options.positions, STATISTICS[options.statistics])
+        plans = ahead.start(map(planner.plan, windows))
+        del windows  # the thread's now
+        plans = _lacking(plans, lambda: _totals(report, known, identity, planner, say))
+        plan = next(plans, None)
+        started = time.monotonic()
+        if plan is not None:
+            if not plan.last:
+                say(f"prior {identity.id}: scored while the rest of the data is read")
+            scorer = _load(folder, config, identity, options, say)
+            how = {"positions": options.positions, "batch_tokens": options.batch_tokens}
+            facts = provenance(model, folder, tokenizer, spec, scorer.device_name, how)
+            with (
+                CacheWriter(cache_root, identity, facts, options.part_seconds) as writer,
+                Consumer(lambda row: writer.add(*row), _UNWRITTEN) as rows,
+                progress("scoring", total=lambda: planner.scored_tokens, unit="tok") as advance,
+            ):
+                while plan is not None:
+                    _score(scorer, plan, planner.names, rows, advance)
+                    plan = next(plans, None)
+        return Precomputed(
+            prior=identity.id,
+            folder=str(cache.folder),
+            examples=report.examples,
+            sequences=planner.sequences,
+            scored=planner.scored,
+            scored_tokens=planner.scored_tokens,
+            statistics_tokens=planner.statistics_tokens,
+            seconds=time.monotonic() - started,
+        )
+
+
+def _identify(folder: Path, config: Any, options: PrecomputeOptions) -> PriorIdentity:
+    return hf.identify(
         folder,
         config,
         dtype=options.dtype,
         logits_dtype=options.logits_dtype,
         attention=options.attention,
     )
-    cache = PriorCache(cache_root, identity)
-    wanted = request(examples, options.positions).united()
-    todo = wanted.subset(cache.missing(wanted.keys, wanted.spans, CORE))
-    scored_tokens = int(examples.lengths[todo.index].sum())
-    say(
-        f"prior {identity.id}: {len(wanted.keys):,} distinct sequences, "
-        f"{len(wanted.keys) - len(todo.keys):,} in the cache, {len(todo.keys):,} to score"
+
+
+def _load(
+    folder: Path,
+    config: Any,
+    identity: PriorIdentity,
+    options: PrecomputeOptions,
+    say: Callable[[str], None],
+) -> Scorer:
+    return hf.load(
+        folder,
+        config,
+        identity,
+        batch_tokens=options.batch_tokens,
+        compiled=options.compiled,
+        trust_remote_code=options.trust_remote_code,
+        say=say,
     )
-    started = time.monotonic()
-    if len(todo.keys):
-        scorer = hf.load(
-            folder,
-            config,
-            identity,
-            batch_tokens=options.batch_tokens,
-            trust_remote_code=options.trust_remote_code,
-        )
-        provenance = _provenance(model, folder, tokenizer, spec, options, scorer)
-        with CacheWriter(cache_root, identity, provenance, options.part_seconds) as writer:
-            _score(scorer, examples, todo, writer, scored_tokens)
-    return Precomputed(
-        prior=identity.id,
-        folder=str(cache.folder),
-        examples=len(examples),
-        sequences=len(wanted.keys),
-        scored=len(todo.keys),
-        scored_tokens=scored_tokens,
-        statistics_tokens=todo.num_positions,
-        seconds=time.monotonic() - started,
+
+
+def _begun(
+    spec: DataSpec, tokenizer: Any, config: Any, rows: int, check: Callable[[], None]
+) -> tuple[Iterator[Window], Report, list[str]]:
+    """The windows; the report that their reading fills in; and what to say of it already, which
+    is nothing where one window is all. The first window is read here: what is wrong with options
+    or data shows before anything is hashed or begun."""
+    with progress("tokenising", total=None, unit="rows") as shown:
+
+        def advance(amount: int) -> None:
+            check()
+            shown(amount)
+
+        windows = spec.windows(tokenizer, config, rows, advance)
+        first = next(windows)
+    report = first.examples.report
+    known = [] if first.last else report.format_lines()
+    return chain([first], windows), report, known
+
+
+def _lacking(plans: Iterator[Plan], tell: Callable[[], None]) -> Iterator[Plan]:
+    """The plans with something to score. Calls `tell` once all is read, before the last of them."""
+    told = False
+    for plan in plans:
+        if plan.last:
+            told = True
+            tell()
+        if len(plan.todo.keys):
+            yield plan
+    if not told:
+        tell()
+
+
+def _totals(
+    report: Report,
+    known: list[str],
+    identity: PriorIdentity,
+    planner: Planner,
+    say: Callable[[str], None],
+) -> None:
+    for line in report.lines():
+        if line not in known:
+            say(line)
+    found = planner.sequences - planner.scored
+    say(
+        f"prior {identity.id}: {planner.sequences:,} distinct sequences, "
+        f"{found:,} in the cache, {planner.scored:,} to score"
     )
 
 
 def _score(
-    scorer: Scorer, examples: Examples, todo: Request, writer: CacheWriter, total: int
+    scorer: Scorer,
+    plan: Plan,
+    names: Sequence[str],
+    rows: Consumer[tuple],
+    advance: Callable[[int], None],
 ) -> None:
+    """Scores one window's rows and hands each to the writer: CacheWriter.add's arguments."""
+    examples, todo = plan.examples, plan.todo
     size = len(todo.keys)
     sequences = _Lazy(size, lambda i: examples[int(todo.index[i])].input_ids)
     positions = _Lazy(size, lambda i: spans.positions_of(todo.spans[i]))
-    with progress("scoring", total=total, unit="tok") as advance:
-        try:
-            for i, stats in scorer.score(sequences, positions):
-                values = {n: getattr(stats, n).numpy() for n in stats.names()}
-                length = len(sequences[i])
-                writer.add(bytes(todo.keys[i]), length, todo.spans[i], values)
-                advance(length)
-        except BadLogits as error:
-            raise ModelError(
-                f"{examples.where(todo.index[error.index])}: the model's logits for token "
-                f"{error.position} are NaN, +inf, or all -inf. Nothing of this example was stored. "
-                "Half-precision overflow is the usual cause: try --dtype bfloat16 or float32."
-            ) from error
+    try:
+        for i, stats in scorer.score(sequences, positions, names):
+            values = {n: getattr(stats, n).numpy() for n in stats.names()}
+            length = len(sequences[i])
+            rows.put((bytes(todo.keys[i]), length, todo.spans[i], values))
+            advance(length)
+    except BadLogits as error:
+        raise ModelError(
+            f"{examples.where(todo.index[error.index])}: the model's logits for token "
+            f"{error.position} are NaN, +inf, or all -inf. Nothing of this example was stored. "
+            "Half-precision overflow is the usual cause: try --dtype bfloat16 or float32."
+        ) from error
+    except TooLarge as error:
+        raise ModelError(
+            f"{examples.where(todo.index[error.index])}: a sequence of "
+            f"{len(sequences[error.index]):,} tokens does not fit into memory even alone. Cut it "
+            "with --max-length."
+        ) from error
 
 
 class _Lazy(Sequence):
@@ -146,31 +241,3 @@ class _Lazy(Sequence):
         if not 0 <= i < self._size:
             raise IndexError(i)
         return self._get(i)
-
-
-def _provenance(
-    model: str,
-    folder: Path,
-    tokenizer: Any,
-    spec: DataSpec,
-    options: PrecomputeOptions,
-    scorer: Scorer,
-) -> dict[str, str]:
-    """What explains the numbers, as strings; names only, no paths of this machine, no text."""
-    on_hub = not Path(model).expanduser().exists()
-    packages = ("prift", "torch", "transformers", "pyarrow", "numpy")
-    facts = {
-        "model": model if on_hub else folder.resolve().name,
-        "revision": folder.name if on_hub else None,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "template": template_digest(tokenizer),
-        "data": [Path(d).name for d in spec.data],
-        "positions": options.positions,
-        "max_length": spec.text.max_length,
-        "batch_tokens": options.batch_tokens,
-        "packages": {p: version(p) for p in packages},
-        "device": scorer.device_name,
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    return {"prift": json.dumps(facts, sort_keys=True)}

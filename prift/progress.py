@@ -11,8 +11,13 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(description: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields a function that advances the bar by a number of `unit`s; shows rate and time left."""
+def progress(
+    description: str, total: int | Callable[[], int] | None, unit: str
+) -> Iterator[Callable[[int], None]]:
+    """Yields a function that advances the bar by a number of `unit`s; shows rate and time left.
+
+    total  a function where it grows: asked at each step
+    """
     if not sys.stderr.isatty():
         yield lambda amount: None
         return
@@ -35,12 +40,13 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Callabl
         transient=False,
     )
     with bar:
-        task = bar.add_task(description, total=total, rate="")
+        known = total if callable(total) else lambda: total
+        task = bar.add_task(description, total=known(), rate="")
         started = time.monotonic()
 
         def advance(amount: int) -> None:
             bar.advance(task, amount)
             rate = bar.tasks[0].completed / (time.monotonic() - started)
-            bar.update(task, rate=f"{rate:,.0f} {unit}/s")
+            bar.update(task, total=known(), rate=f"{rate:,.0f} {unit}/s")
 
         yield advance

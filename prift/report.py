@@ -23,9 +23,19 @@ class Report:
     unseen_tools: int = 0  # conversations
     no_eos: bool = False
 
+    def add(self, examples: int, tokens: int, labels: int) -> None:
+        """Counts these as well, after data weights."""
+        self.examples += examples
+        self.tokens += tokens
+        self.labels += labels
+
+    def format_lines(self) -> list[str]:
+        """What each --data was taken for, as far as they were read."""
+        return [f"{data}: format {name}" for data, name in self.formats.items()]
+
     def lines(self) -> list[str]:
         """A few lines for a terminal: always the totals, the rest where it happened."""
-        lines = [f"{data}: format {name}" for data, name in self.formats.items()]
+        lines = self.format_lines()
         lines.append(
             f"{self.rows:,} rows -> {self.examples:,} examples, {self.tokens:,} tokens, "
             f"{self.labels:,} of them labels"

@@ -34,7 +34,7 @@ class Request:
         copies[first] = False
         for i in np.flatnonzero(copies):
             if wanted[group[i]].tobytes() != self.spans[i].tobytes():
-                wanted[group[i]] = _union(wanted[group[i]], self.spans[i])
+                wanted[group[i]] = spans.union(wanted[group[i]], self.spans[i])
         order = np.argsort(first)
         return Request(
             self.keys[first[order]], [wanted[i] for i in order], self.index[first[order]]
@@ -123,10 +123,3 @@ def _listing(priors: Mapping[str, PriorIdentity], **wanted: str) -> str:
         shown = ", ".join(f"{n} {str(getattr(identity, n))[:12]}" for n in names)
         lines.append(f"  --prior {key}  ({shown})")
     return "\n".join(lines)
-
-
-def _union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    mask = np.zeros(int(max(a[-1], b[-1])), bool)
-    mask[spans.positions_of(a)] = True
-    mask[spans.positions_of(b)] = True
-    return spans.spans_of(mask)

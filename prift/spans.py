@@ -5,6 +5,7 @@ of runs are one flat array and, for each row, how many of its entries are the ro
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,6 +25,20 @@ def positions_of(spans: np.ndarray) -> np.ndarray:
 def count(spans: np.ndarray) -> int:
     """How many positions the runs cover."""
     return int((spans[1::2] - spans[::2]).sum())
+
+
+def union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Runs of the positions that either covers."""
+    mask = np.zeros(max([0, *a[-1:].tolist(), *b[-1:].tolist()]), bool)
+    mask[positions_of(a)] = True
+    mask[positions_of(b)] = True
+    return spans_of(mask)
+
+
+def flat(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of runs as one int32 array, and int64 [R], how many entries each has."""
+    counts = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.concatenate([np.zeros(0, np.int32), *rows]), counts
 
 
 def valid(spans: np.ndarray, length: int) -> bool:

@@ -11,13 +11,22 @@ of PriFT (arXiv 2606.09396): PriFT-mass keeps a token when u >= tau.
     n_tie          number of v with z(v) = z(y), y included                    int32, >= 1
     entropy        -sum q log q, with 0 log 0 = 0                              float32, [0, log V]
 
+and, computed only when asked for (`token_stats` sorts whole rows for the last two):
+
+    collision      sum q^2                                                     float32, [1/V, 1]
+    expected_rank  sum q(v) rank(v)                                            float32, [1, V]
+    entropy_top20  entropy of the 20 (or V) most probable tokens, renormalised float32, [0, log 20]
+
 <, = and > are decided on the logits: probabilities underflow. log u is stored, not u or the mass
-above, because near either end only the logarithm keeps its digits. This module knows tensors of
+above, because near either end only the logarithm keeps its digits.
+
+Everything in the core is made of five sums over the vocabulary (`tile_sums`), which can be taken
+tile by tile: that is what fold.py does without ever holding a row. This module knows tensors of
 logits; it knows no model, no text and no file.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,30 +36,50 @@ STATS_VERSION = 1
 """Raised when the definition of an existing statistic changes, never when one is added."""
 
 CORE = ("logprob", "log_mass_rank", "rank", "n_tie", "entropy")
-INTEGERS = frozenset({"rank", "n_tie"})
+EXTENDED = ("collision", "expected_rank", "entropy_top20")
+STATISTICS = {"core": CORE, "extended": CORE + EXTENDED}
+"""--statistics: what each choice stores."""
 
-_TILE = 8192  # columns summed in float32 before sums are joined: longer float32 sums lose digits
-_UNDERFLOW = -60.0  # below this z(y) - max, exp() of the target side is recomputed around z(y)
+TILE = 8192  # columns summed in float32 before sums are joined: longer float32 sums lose digits
+DEEP = -60.0  # below this z(y) - reference, exp() of the target side is recomputed around z(y)
+_BLOCK = 1 << 18  # logits handled at once on a CPU: a block and its two copies stay in its cache
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Statistics of N tokens, each field a tensor [N] or None where it was not computed."""
+    """Statistics of N tokens, each field a tensor [N] or None where it was not computed.
+
+    A row of logits that is no distribution (NaN, +inf, nothing but -inf) has a NaN logprob.
+    """
 
     logprob: Tensor | None = None
     log_mass_rank: Tensor | None = None
     rank: Tensor | None = None
     n_tie: Tensor | None = None
     entropy: Tensor | None = None
+    collision: Tensor | None = None
+    expected_rank: Tensor | None = None
+    entropy_top20: Tensor | None = None
 
     def map(self, function) -> "TokenStats":
         """The same statistics with `function` applied to every tensor present."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TokenStats(**{k: None if v is None else function(v) for k, v in values.items()})
+        return TokenStats(**{n: function(getattr(self, n)) for n in self.names()})
 
     def names(self) -> tuple[str, ...]:
         """Names of the statistics present."""
         return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    def put(self, rows: Tensor, other: "TokenStats") -> None:
+        """Overwrites these rows (int64 [M]) with the statistics [M] of `other`."""
+        for name in self.names():
+            getattr(self, name)[rows] = getattr(other, name)
+
+    def check(self) -> "TokenStats":
+        """Itself. Raises NotADistribution for the first row that is none."""
+        bad = self.logprob.isnan().nonzero()
+        if len(bad):
+            raise NotADistribution(int(bad[0]))
+        return self
 
     @staticmethod
     def concatenate(parts: Iterable["TokenStats"]) -> "TokenStats":
@@ -68,78 +97,148 @@ class NotADistribution(ValueError):
         self.row = row
 
 
-def token_stats(logits_NV: Tensor, targets_N: Tensor, block_rows: int | None = None) -> TokenStats:
-    """Core statistics of each row of logits for its target.
+def tile_sums(z_RC: Tensor, target_R1: Tensor, reference_R1: Tensor, squares: bool) -> Tensor:
+    """float64 [5 or 6, R]: sums over the columns of a tile, with e = exp(z - reference).
 
-    logits_NV  float tensor [N, V], compared and exponentiated in float32; -inf is allowed.
-    targets_N  int64 [N], ids in [0, V).
-    block_rows rows handled at once; default: as many as keep a block inside the CPU's cache.
+        0  sum of e over z > target        3  how many z > target
+        1  sum of e over z <= target       4  how many z >= target
+        2  sum of e * (z - reference)      5  sum of e^2, with `squares`
 
-    Raises NotADistribution for NaN, +inf or all--inf rows.
+    z_RC          logits, float32 or bfloat16; at most TILE columns keep float32's digits
+    target_R1     float32 [R, 1], z(y)
+    reference_R1  float32 [R, 1], not far below the row's largest logit, so that e stays finite
+
+    Masks are floats in reused memory, several times faster than bools where nothing fuses them;
+    torch.compile makes one pass of it all.
     """
-    N, V = logits_NV.shape
-    if block_rows is None:
-        block_rows = N if logits_NV.is_cuda else max(1, (1 << 20) // V)
-    size = max(1, min(block_rows, N))
-    scratch_3RV = torch.empty(3, size, V, dtype=torch.float32, device=logits_NV.device)
-    blocks = []
-    for i in range(0, N, size):
-        z_RV, y_R = logits_NV[i : i + size].float(), targets_N[i : i + size]
-        blocks.append(_block_stats(z_RV, y_R, scratch_3RV[:, : len(z_RV)], i))
-    if not blocks:
-        one = _block_stats(scratch_3RV[0].zero_(), targets_N.new_zeros(1), scratch_3RV[:, :1], 0)
-        return one.map(lambda x: x[:0])
-    return TokenStats.concatenate(blocks)
+    z_RC = z_RC.float()
+    shifted_RC = z_RC - reference_R1
+    e_RC = shifted_RC.exp()
+    moment = shifted_RC.clamp_min_(-1e4).mul_(e_RC).sum(1)  # -inf would give 0 * inf
+    mask_RC = torch.gt(z_RC, target_R1, out=shifted_RC)
+    num_above = mask_RC.sum(1)
+    squared = [(e_RC * e_RC).sum(1)] if squares else []
+    above = mask_RC.mul_(e_RC).sum(1)
+    below = e_RC.sub_(mask_RC).sum(1)  # what is left at or below the target: nothing cancels
+    num_reaching = torch.ge(z_RC, target_R1, out=mask_RC).sum(1)
+    return torch.stack([above, below, moment, num_above, num_reaching, *squared]).double()
 
 
-def _block_stats(z_RV: Tensor, y_R: Tensor, scratch_3RV: Tensor, first_row: int) -> TokenStats:
-    """Statistics of a block. Masks are floats in reused memory: several times faster than bools."""
-    V = z_RV.shape[1]
-    top_R = z_RV.amax(1, keepdim=True)
-    if not torch.isfinite(top_R).all():
-        raise NotADistribution(first_row + int((~torch.isfinite(top_R[:, 0])).nonzero()[0]))
-    target_R = z_RV.gather(1, y_R[:, None])
-    e_RV, part_RV, shifted_RV = scratch_3RV
-    n_tie = _row_sum(torch.eq(z_RV, target_R, out=part_RV))
-    rank = 1 + V - _row_sum(torch.le(z_RV, target_R, out=part_RV))
+def stats_of_sums(
+    sums: Tensor, target_R: Tensor, reference_R: Tensor, vocabulary: int
+) -> TokenStats:
+    """Statistics from the sums over the whole vocabulary.
 
-    torch.sub(z_RV, top_R, out=shifted_RV)
-    shifted_RV.clamp_min_(-1e4)  # -inf would give 0 * inf below; exp(-1e4) is 0
-    torch.exp(shifted_RV, out=e_RV)
-    moment = _row_sum(shifted_RV.mul_(e_RV))
-    part_RV.mul_(e_RV)  # of tokens at or below the target; what is left is above: no subtraction
-    below, above = _row_sum(part_RV), _row_sum(e_RV.sub_(part_RV))
-    total = below + above
+    sums  float64 [5 or 6, R] of `tile_sums`; target_R, reference_R as there, float32 [R]
 
-    gap = (target_R - top_R)[:, 0].double()  # float32 values, so exact
-    logprob = gap - total.log()
+    log_mass_rank has no digits where z(y) lies more than -DEEP below the reference: see `is_deep`.
+    """
+    above, below, moment, num_above, num_reaching = sums[:5]
+    total = above + below
+    logprob = (target_R.double() - reference_R) - total.log()  # a difference of float32, exact
+    rank = 1 + num_above
     # Both forms are exact; each keeps relative precision at its own end.
     share = above / total
     log_mass = torch.where(share < 0.5, torch.log1p(-share), (below / total).log())
-    deep = ((gap < _UNDERFLOW) & (target_R[:, 0] > -torch.inf)).nonzero()[:, 0]
-    if deep.numel():
-        log_mass[deep] = logprob[deep] + _log_mass_ratio(z_RV[deep], target_R[deep])
-    log_mass = torch.where(target_R[:, 0] == -torch.inf, -torch.inf, log_mass)
-    log_mass = torch.where(rank == 1, 0.0, log_mass.clamp_max(-torch.finfo(torch.float32).tiny))
+    log_mass = _ordered(log_mass, rank)
     return TokenStats(
         logprob=logprob.clamp_max(0).float(),
         log_mass_rank=log_mass.float(),
         rank=rank.int(),
-        n_tie=n_tie.int(),
-        entropy=(total.log() - moment / total).clamp(0, math.log(V)).float(),
+        n_tie=(num_reaching - num_above).int(),
+        entropy=(total.log() - moment / total).clamp(0, math.log(vocabulary)).float(),
+        collision=(sums[5] / total**2).clamp(1 / vocabulary, 1).float() if len(sums) > 5 else None,
     )
 
 
+def is_deep(target_R: Tensor, reference_R: Tensor) -> Tensor:
+    """bool [R]: where the mass at or below the target underflows around the reference."""
+    return ~(target_R - reference_R > DEEP)
+
+
+def token_stats(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    names: Sequence[str] = CORE,
+    *,
+    block_rows: int | None = None,
+    sums: Callable[..., Tensor] = tile_sums,
+) -> TokenStats:
+    """The core statistics of each row of logits for its target, and those of EXTENDED in `names`.
+
+    logits_NV  float tensor [N, V], compared and exponentiated in float32; -inf is allowed.
+    targets_N  int64 [N], ids in [0, V).
+    block_rows rows handled at once; default: as many as keep a block inside the CPU's cache.
+    sums       `tile_sums`, or what a compiler made of it
+
+    Rows that are no distribution have a NaN logprob: see `TokenStats.check`.
+    """
+    N, V = logits_NV.shape
+    if block_rows is None:
+        block_rows = max(1, N if logits_NV.is_cuda else _BLOCK // min(V, TILE))
+    blocks = [
+        _block_stats(logits_NV[i : i + block_rows], targets_N[i : i + block_rows], names, sums)
+        for i in range(0, max(N, 1), block_rows)
+    ]
+    return TokenStats.concatenate(blocks)
+
+
+def _block_stats(
+    z_RV: Tensor, y_R: Tensor, names: Sequence[str], sums: Callable[..., Tensor]
+) -> TokenStats:
+    V = z_RV.shape[1]
+    width = V if z_RV.is_cuda else TILE  # a GPU sums as a tree, and wants few launches
+    top_R1 = z_RV.amax(1, keepdim=True).float()
+    target_R1 = z_RV.gather(1, y_R[:, None]).float()
+    squares = "collision" in names
+    total = sum(
+        sums(z_RV[:, i : i + width], target_R1, top_R1, squares) for i in range(0, V, width)
+    )
+    target_R, top_R = target_R1[:, 0], top_R1[:, 0]
+    stats = stats_of_sums(total, target_R, top_R, V)
+    deep = (is_deep(target_R, top_R) & (target_R > -torch.inf)).nonzero()[:, 0]
+    if len(deep):
+        ratio = _log_mass_ratio(z_RV[deep].float(), target_R1[deep])
+        exact = (target_R - top_R)[deep].double() - (total[0] + total[1])[deep].log() + ratio
+        stats.log_mass_rank[deep] = _ordered(exact, stats.rank[deep]).float()
+    stats.log_mass_rank.masked_fill_(target_R == -torch.inf, -torch.inf)
+    extended = {n: _WHOLE_ROW[n](z_RV.float(), top_R1) for n in names if n in _WHOLE_ROW}
+    return TokenStats(**{n: getattr(stats, n) for n in stats.names()} | extended)
+
+
+def _ordered(log_mass_R: Tensor, rank_R: Tensor) -> Tensor:
+    """Exactly 0 at rank 1, and below 0 everywhere else."""
+    below_R = log_mass_R.clamp_max(-torch.finfo(torch.float32).tiny)
+    return torch.where(rank_R == 1, 0.0, below_R)
+
+
 def _log_mass_ratio(z_RV: Tensor, target_R1: Tensor) -> Tensor:
-    """log(u / q(y)) where both underflow: log of the sum of exp(z - z(y)) over z <= z(y)."""
+    """float64: log(u / q(y)) where both underflow, the log of the sum of exp(z - z(y)) over
+    z <= z(y)."""
     ratio_RV = (z_RV - target_R1).exp_()  # +inf above the target, which the mask removes
     return _row_sum(ratio_RV.masked_fill_(z_RV > target_R1, 0)).log()
 
 
+def _expected_rank(z_RV: Tensor, top_R1: Tensor) -> Tensor:
+    """Sorts whole rows: about as dear as log_softmax, sort and cumsum (docs/statistics.md)."""
+    z_RV = z_RV.sort(1, descending=True).values
+    e_RV = (z_RV - top_R1).exp_()
+    place_V = torch.arange(1, z_RV.shape[1] + 1, dtype=torch.int32, device=z_RV.device)
+    # A tie has the rank of the first among it.
+    first_RV = torch.where(z_RV[:, 1:] < z_RV[:, :-1], place_V[1:], 1).cummax(1).values
+    first_RV = torch.nn.functional.pad(first_RV, (1, 0), value=1)
+    return (_row_sum(e_RV * first_RV) / _row_sum(e_RV)).float()
+
+
+def _entropy_top20(z_RV: Tensor, top_R1: Tensor) -> Tensor:
+    logq_RK = z_RV.topk(min(20, z_RV.shape[1]), 1).values.double().log_softmax(1)
+    return -(logq_RK.exp() * logq_RK.clamp_min(-1e4)).sum(1).clamp_max(0).float()
+
+
+_WHOLE_ROW = {"expected_rank": _expected_rank, "entropy_top20": _entropy_top20}
+"""Statistics that no sum over tiles gives: (float32 logits [R, V], their maxima) -> float32 [R]."""
+
+
 def _row_sum(x_RV: Tensor) -> Tensor:
     """Row sums in float64 of float32 partial sums over tiles of the vocabulary."""
-    whole = x_RV.shape[1] // _TILE * _TILE
-    rest = x_RV[:, whole:].sum(1, dtype=torch.float32).double()
-    if not whole:
-        return rest
-    return rest + x_RV[:, :whole].unflatten(1, (-1, _TILE)).sum(2).double().sum(1)
+    return torch.stack([x.sum(1, dtype=torch.float32) for x in x_RV.split(TILE, 1)]).double().sum(0)

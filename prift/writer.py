@@ -132,7 +132,7 @@ class PartWriter:
             column_encoding={
                 f"{n}.list.element": "BYTE_STREAM_SPLIT"
                 for n in self.names
-                if n in ("logprob", "entropy")
+                if COLUMN_TYPES[n] is np.float32 and n != "log_mass_rank"
             },
             write_statistics=["key", "length"],
             write_page_checksum=True,

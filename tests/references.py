@@ -10,7 +10,7 @@ import numpy as np
 
 
 def token_stats(logits: np.ndarray, target: int) -> dict[str, float]:
-    """All core statistics of one position from its logits [V], in float64."""
+    """All statistics of one position from its logits [V], in float64."""
     z = np.asarray(logits, np.float64)
     shifted = np.exp(z - z.max())
     q = shifted / shifted.sum()
@@ -23,13 +23,22 @@ def token_stats(logits: np.ndarray, target: int) -> dict[str, float]:
     log_mass = logprob + math.log(total) if total > 0 else -math.inf
     if log_mass > -0.7:  # more than half: only the mass above keeps the digits
         log_mass = math.log1p(-q[above].sum()) if above.any() else 0.0
+    top = np.sort(q)[::-1][:20] / np.sort(q)[::-1][:20].sum()
     return {
         "logprob": min(logprob, 0.0),
         "log_mass_rank": log_mass,
         "rank": 1 + int(above.sum()),
         "n_tie": int((z == z[target]).sum()),
         "entropy": entropy,
+        "collision": float((q * q).sum()),
+        "expected_rank": float(sum(p * r for p, r in zip(q, _strict_ranks(z), strict=True) if p)),
+        "entropy_top20": -sum(p * math.log(p) for p in top if p > 0),
     }
+
+
+def _strict_ranks(z: np.ndarray) -> np.ndarray:
+    """1 + how many are greater, for each."""
+    return 1 + len(z) - np.searchsorted(np.sort(z), z, "right")
 
 
 def mass_rank(logits: np.ndarray, target: int) -> float:
@@ -50,6 +59,11 @@ def naive_float32(logits: np.ndarray, target: int) -> dict[str, float]:
         "logprob": float(logq[target]),
         "log_mass_rank": float(logq[below].exp().sum().log()),
         "entropy": float(-(logq.exp() * logq).nan_to_num(0.0).sum()),
+        "collision": float((logq.exp() ** 2).sum()),
+        "expected_rank": float((logq.exp() * torch.as_tensor(_strict_ranks(z.numpy()))).sum()),
+        "entropy_top20": float(
+            torch.distributions.Categorical(logits=z.topk(min(20, len(z)))[0]).entropy()
+        ),
     }
 
 
@@ -59,6 +73,31 @@ def official_code_score(logits: np.ndarray, target: int) -> float:
     q = np.exp(z - z.max())
     q = q / q.sum()
     return float(q[z < z[target]].sum() + q[target])
+
+
+def sorted_stats(logits, targets):
+    """What sorting gives, for whole rows in torch: (logprob, mass rank u, entropy), each [N].
+
+    log_softmax, sort, cumulative sum: the obvious way to a mass rank, ties counted like the paper.
+    """
+    logq = logits.float().log_softmax(1)
+    own = logq.gather(1, targets[:, None])
+    ordered = logq.sort(1).values
+    mass = ordered.exp().cumsum(1)
+    last = (ordered <= own).sum(1, keepdim=True) - 1  # the last of those at most as likely
+    entropy = -(logq.exp() * logq).nan_to_num(0.0).sum(1)
+    return own[:, 0], mass.gather(1, last)[:, 0], entropy
+
+
+def online_score(logits, targets):
+    """What PriFT's training loop takes from a reference model's logits, per batch: (q(y), score).
+
+    arXiv 2606.09396: softmax in float32, the mass strictly below the target, the target's own.
+    """
+    q = logits.float().softmax(1)
+    own = q.gather(1, targets[:, None])
+    below = (q * (q < own)).sum(1)
+    return own[:, 0], below + own[:, 0]
 
 
 def weight_uniform(logits: np.ndarray, target: int) -> float:

@@ -1,7 +1,5 @@
 """The transformers backend, end to end, against the naive definition in float64."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -10,20 +8,18 @@ import transformers as tf
 from prift.backends import BadLogits, hf
 from prift.heads import body_of, head_of
 from prift.models import attention_for, load_config, locate
-from prift.stats import CORE
+from prift.stats import CORE, EXTENDED, token_stats
 from tests import references
 from tests.families import CONFIGS, save, tiny
-
-LENGTHS = [1, 2, 3, 17, 40, 40, 63, 5]
-
-
-def sequences(vocabulary: int, lengths=LENGTHS, seed=0) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return [generator.integers(0, vocabulary, n).astype(np.int32) for n in lengths]
-
-
-def all_positions(ids: list[np.ndarray]) -> list[np.ndarray]:
-    return [np.arange(1, len(s)) for s in ids]
+from tests.scoring import (
+    LENGTHS,
+    all_positions,
+    check_against_truth,
+    exactly,
+    logits_of,
+    scorer_of,
+    sequences,
+)
 
 
 def scorer(folder, **options) -> hf.HFScorer:
@@ -34,38 +30,19 @@ def scorer(folder, **options) -> hf.HFScorer:
     return hf.load(locate(str(folder)), config, identity, device="cpu", **options)
 
 
-def check_against_truth(found, logits: np.ndarray, targets: np.ndarray, atol: float) -> None:
-    """Each statistic within atol; ranks, ties and masses where no near-tie decides them."""
-    for i, target in enumerate(targets):
-        truth = references.token_stats(logits[i], target)
-        assert abs(found.logprob[i] - truth["logprob"]) <= atol
-        assert abs(found.entropy[i] - truth["entropy"]) <= atol
-        near = np.abs(logits[i] - logits[i, target]) < 1e-3
-        if near.sum() == 1:
-            assert found.rank[i] == truth["rank"] and found.n_tie[i] == 1
-            assert abs(found.log_mass_rank[i] - truth["log_mass_rank"]) <= atol * 2
-        else:  # the mass of the near-ties bounds what a swap among them can change
-            nudged = logits[i].copy()
-            nudged[near] = logits[i, target]
-            most = math.log(references.mass_rank(nudged, target))
-            nudged[near] += 1e-9
-            nudged[target] -= 1e-9
-            least = math.log(references.mass_rank(nudged, target))
-            assert least - atol <= found.log_mass_rank[i] <= most + atol
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_equals_its_full_softmax(family, tmp_path):
     save(family, tmp_path)
-    ids = sequences(301)
+    ids = sequences(290)  # Inkling has no logits for the rest
     ids = [s for s in ids if len(s) > 1]
     found = dict(scorer(tmp_path, batch_tokens=128).score(ids, all_positions(ids)))
     assert sorted(found) == list(range(len(ids)))
     exact = tiny(family).double()
+    exact.set_attn_implementation("eager")  # whatever prift chose, these are what it must give
     exact.set_experts_implementation("eager")  # the grouped product of experts has no float64
     for i, sequence in enumerate(ids):
         with torch.no_grad():
-            logits = exact(torch.tensor(sequence[None].astype(np.int64))).logits[0].numpy()
+            logits = exact(torch.tensor(sequence[None].astype(np.int64))).logits[0].double().numpy()
         check_against_truth(found[i], logits[:-1], sequence[1:], atol=2e-4)
 
 
@@ -83,7 +60,7 @@ def test_error_budget_on_the_same_hidden_states(family):
         exact = exact + (exact_head.bias if exact_head.bias is not None else 0)
         exact = exact_head.finish(exact).numpy()
     targets = ids[0, 1:]
-    stats = hf.token_stats(torch.tensor(naive_logits), targets)
+    stats = token_stats(torch.tensor(naive_logits), targets)
     for i, target in enumerate(targets.tolist()):
         truth = references.token_stats(exact[i], target)
         naive = references.naive_float32(naive_logits[i], target)
@@ -139,12 +116,49 @@ def test_dropout_is_off(tmp_path):
     assert torch.equal(runs[0].logprob, runs[1].logprob)
 
 
-def test_attention_soft_capping_is_honoured(tmp_path):
+_ATTENDING = ("q_proj", "k_proj", "qkv", "query", "c_attn", "q_b_proj", "in_proj")
+
+
+def sharpened(family: str, attention: str) -> torch.nn.Module:
+    """The family's model with attention that matters: random weights attend to all alike."""
+    model = tiny(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and any(part in name for part in _ATTENDING):
+                parameter.mul_(20)
+    model.set_attn_implementation(attention)
+    return model
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_attention_chosen_is_the_architectures_own(family):
+    """'eager' is the modelling code as written: windows, caps and sinks included."""
+    ids = torch.arange(1, 41)[None] * 13 % 301
+    with torch.no_grad():
+        wanted = sharpened(family, "eager")(input_ids=ids).logits
+        found = sharpened(family, attention_for(CONFIGS[family]()))(input_ids=ids).logits
+    size = wanted.abs().max().item()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * size)
+
+
+def test_attention_soft_capping_is_honoured():
     """sdpa ignores attn_logit_softcapping: eager is chosen, and asking for sdpa is refused."""
     assert attention_for(CONFIGS["gemma2"]()) == "eager"
     with pytest.raises(Exception, match="soft-caps its attention, which --attention sdpa ignores"):
         attention_for(CONFIGS["gemma2"](), "sdpa")
-    assert attention_for(CONFIGS["qwen2"]()) == "sdpa"
+    ids = torch.arange(1, 41)[None] * 13 % 301
+    with torch.no_grad():
+        eager, sdpa = (sharpened("gemma2", a)(input_ids=ids).logits for a in ("eager", "sdpa"))
+    assert (eager - sdpa).abs().max() > 0.01 * eager.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("qwen2", "sdpa"), ("gpt-oss", "eager"), ("mpt", "eager"), ("mamba", "eager")],
+)
+def test_attention_by_architecture(family, attention):
+    """gpt-oss has attention sinks, which sdpa cannot do."""
+    assert attention_for(CONFIGS[family]()) == attention
 
 
 def test_bad_logits_name_the_sequence(tmp_path):
@@ -156,15 +170,6 @@ def test_bad_logits_name_the_sequence(tmp_path):
     with pytest.raises(BadLogits) as error:
         list(scorer(tmp_path).score(ids, all_positions(ids)))
     assert error.value.index == 1  # attention multiplies NaN by zero, so any position of it
-
-
-def test_batches_hold_their_budget():
-    lengths = [5, 100, 7, 7, 3, 50, 50]
-    batches = list(hf.batches_by_length(lengths, 100))
-    assert sorted(i for b in batches for i in b) == list(range(7))
-    assert batches[0] == [1]
-    for batch in batches:
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 100
 
 
 def test_bfloat16_logits_are_rounded_only_when_asked(tmp_path):
@@ -181,3 +186,40 @@ def test_bfloat16_logits_are_rounded_only_when_asked(tmp_path):
         )
         ties[logits_dtype] = int((found[0].n_tie > 1).sum())
     assert ties["float32"] == 0 and ties["bfloat16"] > 0
+
+
+@pytest.mark.parametrize("asked", [EXTENDED, ("collision",), ("entropy_top20",), ()])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_extended_statistics_are_those_asked_for(family, asked, tmp_path):
+    save(family, tmp_path)
+    ids = sequences(301, [30, 20])
+    found = dict(scorer(tmp_path).score(ids, all_positions(ids), CORE + asked))
+    exact = exactly(tiny(family))
+    for i, sequence in enumerate(ids):
+        assert found[i].names() == CORE + asked
+        logits = logits_of(exact, sequence)[:-1]
+        check_against_truth(found[i], logits, sequence[1:], atol=2e-4)
+        for t, target in enumerate(sequence[1:]):
+            truth = references.token_stats(logits[t], target)
+            for name in asked:
+                value = float(getattr(found[i], name)[t])
+                assert value == pytest.approx(truth[name], rel=2e-4, abs=2e-4), name
+
+
+def test_a_batch_of_long_and_short_does_not_stretch_the_short():
+    """LongRoPE turns all positions of a batch by what its longest sequence asks for."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = CONFIGS["phi3"]()
+    config.update({"sliding_window": None, "original_max_position_embeddings": 32})
+    config.rope_parameters = rope | {"original_max_position_embeddings": 32}
+    torch.manual_seed(0)
+    model = tf.Phi3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    ids = sequences(301, [60, 32, 33, 10, 31])
+    found = dict(scorer_of(model, batch_tokens=1000).score(ids, all_positions(ids)))
+    for i, sequence in enumerate(ids):
+        logits = logits_of(model, sequence)[:-1]
+        check_against_truth(found[i], logits, sequence[1:], atol=2e-4)

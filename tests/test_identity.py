@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from prift.errors import CacheError
+from prift.home import cache_home
 from prift.identity import (
     PriorIdentity,
-    cache_home,
     canonical_json,
     config_digest,
     file_digest,

@@ -32,6 +32,20 @@ def test_runs_hold_exactly_the_positions_of_the_mask(mask):
     assert spans.count(found) == mask.sum()
 
 
+@given(a=MASKS, b=MASKS)
+def test_the_union_holds_the_positions_of_both(a, b):
+    both = spans.union(spans.spans_of(a), spans.spans_of(b))
+    assert both.dtype == np.int32 and spans.valid(both, max(len(a), len(b)))
+    assert set(spans.positions_of(both)) == {*np.flatnonzero(a), *np.flatnonzero(b)}
+
+
+def test_rows_of_runs_in_one_array():
+    flat, counts = spans.flat([runs(1, 3), runs(), runs(2, 3, 5, 9)])
+    assert (flat.tolist(), counts.tolist()) == ([1, 3, 2, 3, 5, 9], [2, 0, 4])
+    assert [x.dtype for x in (flat, counts)] == [np.int32, np.int64]
+    assert [len(x) for x in spans.flat([])] == [0, 0]
+
+
 def all_valid(*edges):
     return spans.all_valid(runs(*edges), np.array([len(edges)]), np.array([5]))
 

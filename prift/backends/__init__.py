@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from prift.identity import PriorIdentity
-from prift.stats import TokenStats
+from prift.stats import CORE, TokenStats
 
 
 class BadLogits(Exception):
@@ -20,6 +20,14 @@ class BadLogits(Exception):
         self.index, self.position = index, position
 
 
+class TooLarge(Exception):
+    """Sequence `index` does not fit into memory even alone."""
+
+    def __init__(self, index: int):
+        super().__init__(f"sequence {index}")
+        self.index = index
+
+
 class Scorer(Protocol):
     """Runs one frozen prior over token sequences."""
 
@@ -27,11 +35,16 @@ class Scorer(Protocol):
     device_name: str
 
     def score(
-        self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray]
+        self,
+        sequences: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        names: Sequence[str] = CORE,
     ) -> Iterator[tuple[int, TokenStats]]:
         """Statistics at `positions` (int64, sorted, >= 1) of each sequence (int32 ids).
 
+        names  the core, and those of stats.EXTENDED that are named
+
         Yields (index, stats [len(positions[index])] on the CPU) in whatever order is fastest.
-        Raises BadLogits where the model answers with NaN, +inf, or all -inf.
+        Raises BadLogits where the model answers with NaN, +inf, or all -inf; TooLarge.
         """
         ...

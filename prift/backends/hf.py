@@ -1,27 +1,38 @@
 """The prior run by transformers: token ids in, statistics out.
 
-Sequences are sorted by length, longest first (memory trouble comes early), and cut into batches
-under a token budget. Batches are padded on the right with explicit position ids, whatever a
-tokenizer would say, so position t of a sequence is position t of the model. The body runs alone;
-only the rows that predict a scored position meet the vocabulary, a block at a time.
+Batches of like length, longest first, go through the body alone; the rows that predict a scored
+position are folded against the vocabulary (fold.py). On a GPU the next batch is launched before
+the last one is waited for.
 """
 
+import functools
 import platform
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from prift.backends import BadLogits
-from prift.heads import Head, body_of, check_head, head_of
+from prift.backends import BadLogits, TooLarge
+from prift.backends.batches import Batches, Group, free_memory, is_out_of_memory
+from prift.backends.bodies import rope_edge, tensor
+from prift.backends.engine import choose_sums
+from prift.backends.full import full_stats, most_tokens
+from prift.backends.ways import Ways
+from prift.errors import ModelError
+from prift.fold import Fold
+from prift.headcheck import check_causal, head_or_reason
+from prift.heads import Head
 from prift.identity import PriorIdentity, config_digest, quantization_of, weights_digest
 from prift.models import attention_for, checkpoint_dtype, load_model, weight_files
-from prift.stats import STATS_VERSION, NotADistribution, TokenStats, token_stats
+from prift.placement import place
+from prift.stats import CORE, STATS_VERSION, NotADistribution, TokenStats
 
-_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of a float32 block; statistics take 3 more
-DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+START_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Budget of a batch to begin with, in padded tokens: more makes a device no faster."""
 
 
 def identify(
@@ -50,36 +61,91 @@ def load(
     identity: PriorIdentity,
     *,
     batch_tokens: int | None = None,
+    compiled: bool | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = print,
 ) -> "HFScorer":
-    """Loads the prior that `identify` described. device: default CUDA where there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Loads the prior that `identify` described. device: see placement.place."""
+    placed = place(folder, identity.dtype, device)
     model = load_model(
         folder,
         config,
         dtype=identity.dtype,
         attention=identity.attention,
         trust_remote_code=trust_remote_code,
+        device_map=placed.device_map,
+        max_memory=placed.max_memory,
     )
-    return HFScorer(model.to(device), identity, batch_tokens=batch_tokens)
+    return HFScorer(model, identity, batch_tokens=batch_tokens, compiled=compiled, say=say)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch that a device is at work on; `finish` waits for its statistics."""
+
+    batch: list[Group]
+    members: list[int]
+    positions: list[np.ndarray]
+    finish: Callable[[], TokenStats]
+
+    def split(self, stats: TokenStats) -> Iterator[tuple[int, TokenStats]]:
+        """Each sequence's own. Raises BadLogits."""
+        ends = np.cumsum([len(p) for p in self.positions])
+        try:
+            stats.check()
+        except NotADistribution as error:
+            which = int(np.searchsorted(ends, error.row, "right"))
+            position = self.positions[which][error.row - ends[which]]  # counted from the end
+            raise BadLogits(self.members[which], int(position)) from error
+        for index, end, where in zip(self.members, ends, self.positions, strict=True):
+            begin = end - len(where)
+            yield index, stats.map(lambda x, a=begin, b=end: x[a:b])
 
 
 class HFScorer:
-    """Scores with a transformers model that is already on its device.
+    """Scores with a transformers model that is already on its devices.
 
-    batch_tokens  padded tokens in a batch (a longer sequence runs alone); default by device
+    batch_tokens  padded tokens in a batch to begin with (a longer sequence runs alone); halved
+                  where memory does not suffice
+    compiled      whether the sums over the vocabulary are compiled; None: where it pays
+    say           told, once each, what was chosen
+
+    Raises ModelError for a model whose tokens see those behind them.
     """
 
     def __init__(
-        self, model: torch.nn.Module, identity: PriorIdentity, *, batch_tokens: int | None = None
+        self,
+        model: torch.nn.Module,
+        identity: PriorIdentity,
+        *,
+        batch_tokens: int | None = None,
+        compiled: bool | None = None,
+        say: Callable[[str], None] = print,
     ):
         self.identity = identity
-        self._model = model.eval()
-        self._body, self._head = body_of(model), head_of(model)
-        self._device = self._head.weight.device
-        self._batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS.get(self._device.type, 32768)
-        check_head(model, self._head)
+        self._model, self._say, self._compiled = model.eval(), say, compiled
+        self._device = model.get_input_embeddings().weight.device
+        self._sums: Callable[..., torch.Tensor] | None = None
+        check_causal(model)
+        self._budget = batch_tokens or START_TOKENS.get(self._device.type, 65536)
+        self._vocabulary = model.config.get_text_config().vocab_size
+        self._head = self._understood()
+        self._ways = None if self._head is None else Ways(model, self._head, say)
+
+    def _understood(self) -> Head | None:
+        """The model's head, or None where its own logits must do. Raises ModelError."""
+        head = head_or_reason(self._model)
+        if isinstance(head, Head):
+            return head
+        if self.identity.logits_dtype == "float32" and self._model.dtype != torch.float32:
+            raise ModelError(
+                f"{head} Its own logits are rounded to {self.identity.dtype}. Use --dtype float32 "
+                "for exact ones, or --logits-dtype bfloat16."
+            )
+        self._say(f"{head} Scoring from the model's full logits, which is slower.")
+        self._budget = min(self._budget, most_tokens(self._device, self._vocabulary))
+        return None
 
     @property
     def device_name(self) -> str:
@@ -89,92 +155,69 @@ class HFScorer:
         return platform.processor() or platform.machine()
 
     def score(
-        self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray]
+        self,
+        sequences: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        names: Sequence[str] = CORE,
     ) -> Iterator[tuple[int, TokenStats]]:
         """See backends.Scorer."""
-        for batch in batches_by_length([len(s) for s in sequences], self._batch_tokens):
-            where = [positions[i] for i in batch]
-            ends = np.cumsum([len(p) for p in where])
-            try:
-                stats = self._score_batch([sequences[i] for i in batch], where)
-            except NotADistribution as error:
-                which = int(np.searchsorted(ends, error.row, "right"))
-                position = where[which][error.row - ends[which]]  # counted from the end
-                raise BadLogits(batch[which], int(position)) from error
-            for index, end, size in zip(batch, ends, map(len, where), strict=True):
-                yield index, stats.map(lambda x, a=end - size, b=end: x[a:b])
+        if self._sums is None:
+            logits = sum(map(len, positions)) * self._vocabulary
+            self._sums = choose_sums(self._device, logits, self._compiled, self._say)
+        if self._ways is None:
+            groups = [Group([i], [len(s)]) for i, s in enumerate(sequences)]
+        else:
+            groups = self._ways.groups(sequences, positions)
+        batches = Batches(groups, self._budget, rope_edge(self._model.config))
+        waiting = deque[_Launched]()
+        while batches or waiting:
+            if batches:
+                batch = batches.take()
+                members = [i for group in batch for i in group.members]
+                where = [positions[i] for i in members]
+                launch = functools.partial(
+                    self._launch, batch, [sequences[i] for i in members], where, names
+                )
+                finish = self._attempt(batches, batch, launch)
+                if finish is not None:
+                    waiting.append(_Launched(batch, members, where, finish))
+            # A GPU works on one batch while the next is prepared.
+            if waiting and (len(waiting) > (self._device.type == "cuda") or not batches):
+                landed = waiting.popleft()
+                stats = self._attempt(batches, landed.batch, landed.finish)
+                if stats is not None:
+                    yield from landed.split(stats)
+
+    def _attempt(self, batches: Batches, batch: list[Group], work: Callable[[], Any]) -> Any:
+        """What the work answers, or None where memory did not suffice and the batch goes back."""
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory()  # outside of `except`, whose traceback holds the batch's tensors
+        if not batches.give_back(batch):
+            raise TooLarge(batch[0].members[0])
+        self._budget = batches.budget
+        self._say(f"out of memory: going on with batches of {self._budget:,} tokens")
+        return None
 
     @torch.inference_mode()
-    def _score_batch(self, sequences: list[np.ndarray], positions: list[np.ndarray]) -> TokenStats:
-        """Statistics of all positions of all sequences, joined in order, on the CPU."""
-        rows = np.repeat(np.arange(len(sequences)), [len(p) for p in positions])
+    def _launch(
+        self,
+        batch: list[Group],
+        sequences: list[np.ndarray],
+        positions: list[np.ndarray],
+        names: Sequence[str],
+    ) -> Callable[[], TokenStats]:
+        """Starts a batch; the answer waits for the statistics of all positions, in order, on the
+        CPU."""
+        if self._ways is None:
+            options = {"logits_dtype": self.identity.logits_dtype, "sums": self._sums}
+            stats = full_stats(self._model, sequences, positions, names=names, **options)
+            return lambda: stats.map(torch.Tensor.cpu)
+        hidden_NH = self._ways.rows(batch, sequences, positions)
         targets = np.concatenate([s[p] for s, p in zip(sequences, positions, strict=True)])
-        hidden_BTH = self._hidden(sequences)
-        # Position t is predicted by the hidden state of position t - 1.
-        hidden_NH = hidden_BTH[self._tensor(rows), self._tensor(np.concatenate(positions) - 1)]
-        del hidden_BTH
-        targets_N = self._tensor(targets)
-        return stats_of_rows(hidden_NH, self._head, targets_N, self.identity.logits_dtype)
-
-    def _hidden(self, sequences: list[np.ndarray]) -> torch.Tensor:
-        """Hidden states [B, T, H] after the final norm, sequences padded on the right.
-
-        No attention mask: a causal model's tokens never see the padding behind them, and without
-        a mask attention takes its fast causal path.
-        """
-        longest = max(len(s) for s in sequences)
-        ids_BT = np.zeros((len(sequences), longest), np.int64)
-        for b, sequence in enumerate(sequences):
-            ids_BT[b, : len(sequence)] = sequence
-        place_BT = np.tile(np.arange(longest), (len(sequences), 1))
-        return self._body(
-            input_ids=self._tensor(ids_BT),
-            position_ids=self._tensor(place_BT),
-            use_cache=False,
-        ).last_hidden_state
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.tensor(array, dtype=torch.int64, device=self._device)
-
-
-def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches, longest sequences first; longest x size of a batch <= budget tokens."""
-    batch: list[int] = []
-    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def stats_of_rows(
-    hidden_NH: torch.Tensor, head: Head, targets_N: torch.Tensor, logits_dtype: str
-) -> TokenStats:
-    """Statistics [N] on the CPU, from hidden states; a block of rows x vocabulary at a time.
-
-    logits_dtype 'bfloat16' rounds the logits as the PriFT authors' code does.
-    Raises NotADistribution.
-    """
-    budget = _LOGITS_BYTES.get(hidden_NH.device.type, 256 << 20)
-    block = max(1, budget // (4 * head.weight.shape[0]))
-    found = []
-    for i in range(0, len(targets_N), block):
-        try:
-            found.append(
-                _block_stats(hidden_NH[i : i + block], head, targets_N[i : i + block], logits_dtype)
-            )
-        except NotADistribution as error:
-            raise NotADistribution(i + error.row) from error
-    return TokenStats.concatenate(found)
-
-
-def _block_stats(
-    hidden_RH: torch.Tensor, head: Head, targets_R: torch.Tensor, logits_dtype: str
-) -> TokenStats:
-    """One block's; its logits are gone before the next block's are made."""
-    z_RV = head.logits(hidden_RH)
-    if logits_dtype == "bfloat16":
-        z_RV = z_RV.bfloat16().float()
-    return token_stats(z_RV, targets_R).map(torch.Tensor.cpu)
+        fold = Fold(self._head, self.identity.logits_dtype, names, self._sums)
+        landing = fold.launch(hidden_NH, tensor(targets, hidden_NH.device))
+        return torch.inference_mode()(lambda: landing().map(torch.Tensor.cpu))
