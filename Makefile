@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all bench-score bench-rounding lint docs data clean
+.PHONY: demo test test-all bench-score bench-rounding bench-train bench-scale bench-gpu lint docs data clean
 
 # torch first and by itself: any other package that asks for torch would pull another build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,24 @@ bench-score: $(VENV)/.installed  ## what the statistics cost on top of the forwa
 
 bench-rounding: $(VENV)/.installed  ## what rounding and the counting of ties do to the weights
 	@$(BIN)/python -m benchmarks.rounding --json bench-rounding.json
+
+bench-scale: $(VENV)/.installed  ## 10,000 and 100,000 sequences: memory and time
+	@$(BIN)/python -m benchmarks.scale --json bench-scale.json
+
+# On a CUDA machine whose own python has torch, transformers, pyarrow, pytest and hypothesis.
+bench-gpu:  ## the tests of the CUDA paths, then stages 1 and 2 on random-weight 1.5B and 7B models
+	$(PYTHON) -m pytest -q -m 'not slow' tests/test_stats.py tests/test_fold.py \
+	  tests/test_packing.py tests/test_prompts.py tests/test_hf.py
+	$(PYTHON) -m benchmarks.gpu --json bench-gpu.json
+	$(PYTHON) -m benchmarks.gpu_train --json bench-gpu-train.json
+
+# What only `make bench-train` compares with.
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench-train: $(VENV)/.installed-bench  ## a training step, and whole trainers, against their peers
+	@$(BIN)/python -m benchmarks.train --json bench-train.json
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -45,19 +45,26 @@ def resident(name: str) -> float:
 
 def growth(setup: str, statement: str) -> float:
     """Peak resident MiB that `statement` adds to what `setup` left, in a process of its own."""
+    return apart(setup, statement)[0]
+
+
+def apart(setup: str, statement: str, answer: str = "None") -> tuple[float, Any]:
+    """(`growth` of the statement, what the expression `answer` then is, through JSON)."""
     code = (
-        "import torch; torch.set_num_threads(1)\n"
+        "import ctypes, json, torch; torch.set_num_threads(1)\n"
         "from benchmarks.measure import resident\n"
         f"{setup}\n"
+        "ctypes.CDLL(None).malloc_trim(0)  # what setup freed must not be had for nothing\n"
         "open('/proc/self/clear_refs', 'w').write('5')  # the high-water mark starts here\n"
         "before = resident('VmRSS')\n"
         f"{statement}\n"
-        "print(max(resident('VmHWM') - before, 0))\n"
+        f"print(json.dumps([max(resident('VmHWM') - before, 0), {answer}]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return float(done.stdout.splitlines()[-1])
+    mib, found = json.loads(done.stdout.splitlines()[-1])
+    return mib, found
 
 
 def machine() -> str:

@@ -46,7 +46,8 @@ class Stage:
     tokens, labels  of all sequences, without padding
     """
 
-    VARIANTS = ("floor", "prift", "precompute", *REFERENCES)
+    MAIN = ("floor", "prift", "precompute")
+    VARIANTS = (*MAIN, *REFERENCES)
 
     def __init__(self, folder: Path, vocabulary: int, dtype: str, rows: int):
         self._given = (str(folder), vocabulary, dtype, rows)

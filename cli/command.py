@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from prift.errors import OptionError, PriftError
+from prift.errors import Interrupted, OptionError, PriftError
 
 TRAINING = "training"
 """Key of a config file whose mapping holds TrainingArguments."""
@@ -15,7 +15,7 @@ TRAINING = "training"
 class Command(click.Command):
     """A click command that turns the library's errors into exit code 1 without a traceback.
 
-    Ctrl-C exits with 130. `--debug` shows the traceback instead.
+    Ctrl-C exits with 130, SIGTERM, where it is heard, with 143. `--debug` shows the traceback.
     """
 
     config_keys: tuple[str, ...] = ()
@@ -23,6 +23,9 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except Interrupted as stop:
+            say(str(stop))
+            ctx.exit(128 + stop.signal)
         except PriftError as error:
             if ctx.params.get("debug"):
                 raise

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from prift.errors import OptionError
+from prift.errors import Interrupted, OptionError
 
 from .command import TRAINING, Command, common, key_values, quiet, resolved, say
 from .options import attention, data_options, data_spec, dtype_choice
@@ -88,6 +88,11 @@ class TrainCommand(Command):
 @click.option("--merge", is_flag=True, help="Write a whole model with the adapter merged in.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
 @click.option(
+    "--skip-check",
+    is_flag=True,
+    help="Train even if the model disagrees with the cache about its own statistics.",
+)
+@click.option(
     "--full-metrics-steps",
     type=click.IntRange(min=1),
     metavar="N",
@@ -123,10 +128,8 @@ def train(
     if options["merge"] and not options["lora_r"]:
         raise OptionError("--merge merges an adapter: it needs --lora-r.")
 
-    import json
     import sys
     from contextlib import redirect_stdout
-    from dataclasses import asdict
 
     import torch.distributed
 
@@ -154,17 +157,29 @@ def train(
         training_flags,
         bool(options["eval_data"]),
     )
+    result, stopped = None, None
     with redirect_stdout(sys.stderr):  # Trainer prints its logs; stdout is for the result
-        result = run(
-            TrainOptions(spec=spec, weigher=chosen, **options),
-            settings,
-            kept | {TRAINING: given},
-            say,
-        )
+        try:
+            result = run(
+                TrainOptions(spec=spec, weigher=chosen, **options),
+                settings,
+                kept | {TRAINING: given},
+                say,
+            )
+        except Interrupted as stop:
+            stopped = stop
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads would abort the exit now and then
-    if not is_rank_zero():
-        return
+    if stopped is not None:
+        raise stopped
+    if is_rank_zero():
+        _show(result, json_output)
+
+
+def _show(result: Any, json_output: bool) -> None:
+    import json
+    from dataclasses import asdict
+
     if json_output:
         click.echo(json.dumps(asdict(result)))
         return

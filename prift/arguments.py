@@ -8,6 +8,7 @@ for false, mean what they say.
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,11 @@ _REFUSED = {
     "prediction_loss_only": "evaluation without it measures nll and drift at no cost",
     "batch_eval_metrics": "evaluation sums nll and drift over the whole set by itself",
     "eval_do_concat_batches": "evaluation sums nll and drift over the whole set by itself",
+    "auto_find_batch_size": "it would begin again with weights that were trained already; lower "
+    "per_device_train_batch_size and raise gradient_accumulation_steps, for the same steps",
+    "enable_jit_checkpoint": "prift saves a checkpoint on SIGTERM and Ctrl-C as it is",
+    "parallelism_config": "context, sequence and tensor parallelism cut up what the loss needs "
+    "whole; torchrun (data parallel) and --fsdp are there",
 }
 _SECRET = ("hub_token",)
 
@@ -38,10 +44,13 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
-    given = {**_read_config(config), **_parse(flags, "after --: ")}
+    _check_environment()
+    named = {_field(flag.split("=")[0]) for flag in flags if flag.startswith("--")}
+    named |= {_field(str(key)) for key in config} if isinstance(config, Mapping) else set()
     for name, reason in _REFUSED.items():
-        if name in given:
+        if name in named:
             raise OptionError(f"training argument {name} is not yours to set: {reason}.")
+    given = {**_read_config(config), **_parse(flags, "after --: ")}
     if given.get("average_tokens_across_devices", True) is False:
         raise OptionError(
             "average_tokens_across_devices=false is refused: prift divides by the label tokens of "
@@ -54,7 +63,35 @@ def training_arguments(
         arguments = TrainingArguments(output_dir=output, remove_unused_columns=False, **values)
     except (ValueError, TypeError, ImportError) as error:
         raise OptionError(f"training arguments: {error}") from error
+    if arguments.use_cpu and (arguments.fsdp or _is_set("ACCELERATE_USE_FSDP")):
+        raise OptionError(
+            "fsdp is refused on a CPU: accelerate would make plain data parallel of it, and say "
+            "nothing. Leave it out."
+        )
     return arguments, {name: value for name, value in given.items() if name not in _SECRET}
+
+
+def _field(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _check_environment() -> None:
+    """Raises OptionError where accelerate's launcher asks for what is refused by name as a flag."""
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+        raise OptionError("ACCELERATE_USE_MEGATRON_LM is set; prift does not train with Megatron.")
+    if not _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return
+    for kind, name in [("TP", "tensor"), ("CP", "context"), ("SP", "sequence")]:
+        variable = f"PARALLELISM_CONFIG_{kind}_SIZE"
+        if os.environ.get(variable, "1") != "1":
+            raise OptionError(
+                f"{variable}={os.environ[variable]} asks for {name} parallelism, which is not "
+                f"yours to set: {_REFUSED['parallelism_config']}."
+            )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def _defaults(given: Mapping[str, Any], has_eval_data: bool) -> dict[str, Any]:

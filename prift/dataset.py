@@ -1,4 +1,9 @@
-"""Examples with the prior's statistics beside them, as torch datasets and padded batches."""
+"""Examples with the prior's statistics beside them, as torch datasets and padded batches.
+
+Where weights are known beforehand, what no gradient comes from is not run: a sequence ends at the
+position that predicts its last token of nonzero weight, and one without such a token is left out.
+A batch says how many label tokens it had before, since the loss divides by all of them.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,55 +12,116 @@ import numpy as np
 import torch
 
 from prift.examples import Examples
+from prift.mapped import MappedArrays
+from prift.rules import Weigher
+from prift.stats import TokenStats
+
+_CHUNK = 8192  # examples weighed at once
 
 
 class PriorDataset(torch.utils.data.Dataset):
-    """One item per example: input_ids and labels (int64 [T]), and each statistic at label tokens.
+    """One item per example: what of it is run.
 
     examples  the examples
     prior     statistics by name, flat over all label tokens of all examples in order; may be empty
+    weigher   a rule whose source is the prior: sequences are cut by its weights. None: nothing is
+
+    An item has input_ids (int32 [T]), places and targets (int64 and int32 [N], its label tokens),
+    prior (each statistic [N]), index, and num_labels, counted before anything was cut. Label tokens
+    stand at places, which may end with T itself: what it predicts needs no token itself to be run.
+
+    lengths   int64: T of each item; 0 where no token has a weight
     """
 
-    def __init__(self, examples: Examples, prior: Mapping[str, np.ndarray]):
-        self.examples, self.prior = examples, dict(prior)
-        self._ends = np.cumsum([examples[i].label_mask.sum() for i in range(len(examples))])
+    def __init__(
+        self,
+        examples: Examples,
+        prior: Mapping[str, np.ndarray],
+        weigher: Weigher | None = None,
+    ):
+        self.examples, self.prior = examples, prior
+        self.lengths, self._counts = examples.lengths, examples.label_counts
+        self._kept, self._begins = self._counts, np.cumsum(self._counts) - self._counts
+        if weigher is not None:
+            self._kept = np.concatenate([self._weigh(weigher, s) for s in self._chunks()])
+            items = zip(examples, self._kept.tolist(), strict=True)
+            last = [np.flatnonzero(e.label_mask)[kept - 1] if kept else 0 for e, kept in items]
+            self.lengths = np.array(last, np.int64)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
-        end = self._ends[index]
-        labels = np.where(example.label_mask, example.input_ids, -100)
-        own = slice(end - int(example.label_mask.sum()), end)
+        return self._item(index, self.lengths[index], self._kept[index])
+
+    def whole(self, index: int) -> dict[str, Any]:
+        """The item with nothing cut off."""
+        return self._item(index, None, self._counts[index])
+
+    def close(self) -> None:
+        """Lets go of files, where the statistics are in files."""
+        if isinstance(self.prior, MappedArrays):
+            self.prior.close()
+
+    def _item(self, index: int, size: int | None, kept: int) -> dict[str, Any]:
+        example, begin = self.examples[index], self._begins[index]
+        places = np.flatnonzero(example.label_mask)[:kept]
         return {
-            "input_ids": example.input_ids.astype(np.int64),
-            "labels": labels.astype(np.int64),
-            "prior": {name: values[own] for name, values in self.prior.items()},
+            "input_ids": example.input_ids[:size],
+            "places": places,
+            "targets": example.input_ids[places],
+            "prior": {name: values[begin : begin + kept] for name, values in self.prior.items()},
+            "num_labels": int(self._counts[index]),
+            "index": int(index),
         }
+
+    def _chunks(self) -> list[slice]:
+        return [slice(i, i + _CHUNK) for i in range(0, len(self), _CHUNK)]
+
+    def _weigh(self, weigher: Weigher, chunk: slice) -> np.ndarray:
+        """int64 [chunk]: label tokens of each example up to its last of nonzero weight."""
+        begins, counts = self._begins[chunk], self._counts[chunk]
+        own = slice(begins[0], begins[-1] + counts[-1])
+        values = {n: torch.from_numpy(self.prior[n][own].copy()) for n in weigher.rule.needs}
+        weights = weigher(TokenStats(**values)).expand(own.stop - own.start).numpy()
+        nonzero = np.concatenate([[-1], np.flatnonzero(weights) + own.start])
+        last = nonzero[np.searchsorted(nonzero, begins + counts) - 1]
+        return np.maximum(last + 1 - begins, 0)
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Pads on the right. int64 [B, T]: input_ids, attention_mask, position_ids, labels; 'prior':
-    each statistic [B, T] at its token's place, zero elsewhere."""
-    shape = len(items), max(len(item["input_ids"]) for item in items)
-    ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    labels = np.full(shape, -100, np.int64)
-    prior = {name: np.zeros(shape, v.dtype) for name, v in items[0]["prior"].items()}
-    for b, item in enumerate(items):
-        size = len(item["input_ids"])
-        ids[b, :size], mask[b, :size] = item["input_ids"], 1
-        labels[b, :size] = item["labels"]
-        places = np.flatnonzero(item["labels"] != -100)
-        for name, values in item["prior"].items():
-            prior[name][b, places] = values
+    """Pads on the right. int64 [B, T]: input_ids, attention_mask, position_ids; [B, T or T + 1]:
+    labels, and 'prior', each statistic at its token's place, zero elsewhere. num_labels, of all
+    items, and index: of each row, and behind them of the items that are not run.
+
+    Where there is nothing to run, one token is, without a label: every process takes every step.
+    """
+    items = sorted(items, key=lambda item: not len(item["input_ids"]))
+    run = [item for item in items if len(item["input_ids"])]
+    run = run or [{**items[0], "input_ids": np.zeros(1, np.int32)}]
+    sizes = np.array([len(item["input_ids"]) for item in run])
+    rows = np.repeat(np.arange(len(run)), [len(item["places"]) for item in run])
+    columns = np.concatenate([item["places"] for item in run])
+    shape = len(run), int(sizes.max())
+    wider = len(run), max(shape[1], int(columns.max(initial=0)) + 1)
+
     positions = np.tile(np.arange(shape[1]), (shape[0], 1))
-    batch: dict[str, Any] = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": positions,
-        "labels": labels,
+    mask = positions < sizes[:, None]
+    ids = np.zeros(shape, np.int64)
+    ids[mask] = np.concatenate([item["input_ids"] for item in run])
+    labels = np.full(wider, -100, np.int64)
+    labels[rows, columns] = np.concatenate([item["targets"] for item in run])
+    prior = {}
+    for name in run[0]["prior"]:
+        values = np.concatenate([item["prior"][name] for item in run])
+        prior[name] = np.zeros(wider, values.dtype)
+        prior[name][rows, columns] = values
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        "position_ids": torch.from_numpy(positions),
+        "labels": torch.from_numpy(labels),
+        "prior": {name: torch.from_numpy(array) for name, array in prior.items()},
+        "num_labels": sum(item["num_labels"] for item in items),
+        "index": [item["index"] for item in items],
     }
-    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
-    tensors["prior"] = {name: torch.from_numpy(array) for name, array in prior.items()}
-    return tensors

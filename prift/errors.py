@@ -32,3 +32,11 @@ class CacheError(PriftError):
 
 class MissingPrior(CacheError):
     """The cache is sound but does not hold the statistics asked for."""
+
+
+class Interrupted(PriftError):
+    """A signal ended the run after a checkpoint was written. `signal` is its number."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

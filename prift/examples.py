@@ -41,9 +41,10 @@ class Example:
 class Examples(Sequence[Example]):
     """Examples in flat arrays: 5 bytes a token, about 30 an example, however they are repeated.
 
-    lengths     int64 [N]: tokens of each example
-    num_tokens  of one epoch; num_labels likewise
-    report      what loading did
+    lengths       int64 [N]: tokens of each example
+    label_counts  int64 [N]: label tokens of each example, never 0
+    num_tokens    of one epoch; num_labels likewise
+    report        what loading did
     """
 
     def __init__(self, store: Store, order: np.ndarray, report: Report) -> None:
@@ -57,7 +58,8 @@ class Examples(Sequence[Example]):
         self.lengths = np.diff(self._offsets)[order]
         self.num_tokens = int(self.lengths.sum())
         labels = np.add.reduceat(self._mask, self._offsets[:-1], dtype=np.int64)
-        self.num_labels = int(labels[order].sum())
+        self.label_counts = labels[order]
+        self.num_labels = int(self.label_counts.sum())
 
     def __len__(self) -> int:
         return len(self._order)

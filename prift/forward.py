@@ -1,7 +1,7 @@
 """The weighted loss inside the model's own forward, so that every hook and wrapper fires.
 
-`install` replaces `forward` on one instance; nothing of it is saved with the model. Called
-without `weighted`, the model answers as it always did (generation, for one).
+`install` replaces `forward` on one model and on its output projection, and `uninstall` takes both
+away again. Called without `weighted`, the model answers as it always did (generation, for one).
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prift.errors import ModelError
 from prift.headcheck import check_head
-from prift.heads import accepted, body_of, head_of
+from prift.heads import Head, accepted, body_of, head_of
 from prift.loss import weighted_loss
 from prift.rules import Weigher
 from prift.stats import TokenStats
@@ -42,18 +42,41 @@ class LabelTokens:
         return values_BT[self.row, self.column + 1]
 
 
-def install(model: nn.Module, weigher: Weigher) -> None:
-    """Teaches a transformers causal LM `forward(..., weighted={...})`.
+class Weighted:
+    """What the loss needs to know of a padded batch.
 
-    `weighted` holds `labels` [B, T], the prior's statistics [B, T] by name, and `every_nll`. The
-    answer is then a dict: loss (sum over label tokens), nll [N], weights [N], auxiliary (scalar).
-    Raises ModelError where the model's head is not understood.
+    labels     int64 [B, T], -100 where there is no label
+    prior      the prior's statistics [B, T] by name; may be empty
+    every_nll  also compute the nll of tokens whose weight is zero
+
+    Neither mapping nor dataclass, since wrappers look into those: FSDP2's mixed precision would
+    round the statistics to bfloat16, and with them the weights.
+    """
+
+    __slots__ = ("every_nll", "labels", "prior")
+
+    def __init__(self, labels: Tensor, prior: dict[str, Tensor], every_nll: bool = False):
+        self.labels, self.prior, self.every_nll = labels, prior, every_nll
+
+
+def install(model: nn.Module, weigher: Weigher) -> None:
+    """Teaches a transformers causal LM `forward(..., weighted=Weighted(...))`.
+
+    The answer is then a dict: loss (sum over label tokens), nll [N], weights [N], auxiliary
+    (scalar). Raises ModelError where the model's head is not understood.
     """
     check_head(model, head_of(model))
     _check_router(model)
-    plain, body = model.forward, body_of(model)
+    plain, body, projection = model.forward, body_of(model), model.get_output_embeddings()
+    project = projection.forward
 
-    def forward(*args: Any, weighted: dict[str, Any] | None = None, **inputs: Any) -> Any:
+    def forward_projection(hidden: Tensor, weighted: Weighted | None = None) -> Any:
+        if weighted is None:
+            return project(hidden)
+        # Only here are the projection's weights whole where it is sharded by itself (FSDP2).
+        return _loss(hidden, head_of(model), weigher, weighted)
+
+    def forward(*args: Any, weighted: Weighted | None = None, **inputs: Any) -> Any:
         if weighted is None:
             return plain(*args, **inputs)
         # No mask: padding is on the right, where a causal model's tokens never look, and
@@ -62,25 +85,40 @@ def install(model: nn.Module, weigher: Weigher) -> None:
         optional = {"position_ids": inputs.pop("position_ids", None), "use_cache": False}
         inputs |= accepted(body, optional) | _router_arguments(model)  # state spaces take neither
         answer = body(*args, **inputs)
-        head = head_of(model)
-        tokens = LabelTokens.of(weighted["labels"])
-        prior = TokenStats(**{n: tokens.pick(v) for n, v in weighted["prior"].items()})
-        out = weighted_loss(
-            answer.last_hidden_state[tokens.row, tokens.column].to(head.weight.dtype),
-            head,
-            tokens.target,
-            weigher,
-            prior,
-            every_nll=weighted["every_nll"],
-        )
+        loss, nll_N, weights_N = projection(answer.last_hidden_state, weighted=weighted)
         return {
-            "loss": out.loss,
-            "nll": out.nll,
-            "weights": out.weights,
+            "loss": loss,
+            "nll": nll_N,
+            "weights": weights_N,
             "auxiliary": _auxiliary_loss(model, answer, mask_BT),
         }
 
-    model.forward = forward
+    model.forward, projection.forward = forward, forward_projection
+
+
+def uninstall(model: nn.Module) -> None:
+    """Leaves the model with the `forward` of its class, as before `install`: it can be pickled."""
+    for module in (model, model.get_output_embeddings()):
+        for name in ("forward", "_original_forward"):  # accelerate keeps the latter under autocast
+            vars(module).pop(name, None)
+
+
+@torch.compiler.disable  # it looks at values (which weights are zero) and keeps its own gradients
+def _loss(
+    hidden_BTH: Tensor, head: Head, weigher: Weigher, weighted: Weighted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, nll [N], weights [N]): a tuple, in which wrappers look for what has a gradient."""
+    tokens = LabelTokens.of(weighted.labels)
+    prior = TokenStats(**{n: tokens.pick(v) for n, v in weighted.prior.items()})
+    out = weighted_loss(
+        hidden_BTH[tokens.row, tokens.column].to(head.weight.dtype),
+        head,
+        tokens.target,
+        weigher,
+        prior,
+        every_nll=weighted.every_nll,
+    )
+    return out.loss, out.nll, out.weights
 
 
 def _router_arguments(model: nn.Module) -> dict[str, bool]:

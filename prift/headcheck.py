@@ -49,7 +49,7 @@ def misfit(model: nn.Module, head: Head) -> str | None:
     """
     body, ids = body_of(model), _probe(model)
     excess, worst = float("inf"), float("inf")
-    with _evaluating(model):
+    with evaluating(model):
         hidden = run_body(body, ids, head)
         if hidden.shape[-1] == head.weight.shape[1]:
             excess, worst = _largest_excess(model, body, head, ids, hidden)
@@ -69,7 +69,7 @@ def check_causal(model: nn.Module) -> None:
     """
     ids = _probe(model)
     other = torch.cat([ids[:, :-3], ids[:, :3]], 1)
-    with _evaluating(model):
+    with evaluating(model):
         one, two = (_own_logits(model, i)[:-3] for i in (ids, other))
     eps = torch.finfo(model.dtype).eps
     # Experts see other groups of tokens, so their sums may round differently.
@@ -82,7 +82,8 @@ def check_causal(model: nn.Module) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and noise, and then as it was."""
     training = model.training
     model.eval()
     try:

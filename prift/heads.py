@@ -74,8 +74,11 @@ class Head:
             z_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return z_NV
 
-    def chain(self, grad_NV: Tensor, z_NV: Tensor) -> Tensor:
-        """Gradient at the raw projection from the gradient at the logits `z_NV`, in place."""
+    def chain(self, grad_NV: Tensor, z_NV: Tensor | None) -> Tensor:
+        """Gradient at the raw projection from the gradient at the logits, in place.
+
+        z_NV  the logits, where there is a soft cap
+        """
         if self.softcap is not None:
             grad_NV *= 1 - (z_NV / self.softcap).square_()
         if self.scale != 1.0:

@@ -7,18 +7,21 @@ reach the output projection where the weights are known beforehand (prior as sou
 tokens x vocabulary outlives its chunk: each chunk's gradients are taken while its logits exist.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from prift.chunk import Chunk
+from prift.fold import Fold
 from prift.heads import Head
-from prift.products import accumulate, pull_back
+from prift.products import add_pull_back, add_turned
 from prift.rules import Weigher
-from prift.stats import TokenStats, token_stats
+from prift.stats import TokenStats
 
-_CHUNK_BYTES = 256 << 20  # of one float32 chunk of logits
+_CHUNK_BYTES = 320 << 20  # of one float32 chunk of exponentials
 _CHUNK_ROWS = (64, 1024)  # fewer: each chunk's V x H accumulation dominates; more: no faster
 
 
@@ -60,7 +63,12 @@ def weighted_loss(
         head = replace(head, weight=head.weight.to(dtype), bias=bias)
     with torch.autocast(device, enabled=False):
         if weigher.source == "online":
-            return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weigher))
+            weights = (
+                weigher
+                if weigher.rule.scope == "token"
+                else _weigh_all(hidden_NH.detach(), head, targets_N, weigher)
+            )
+            return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights))
         weights_N = weigher(prior or TokenStats()).to(hidden_NH.device).expand(len(targets_N))
         nll_N = torch.full_like(weights_N, torch.nan)
         rows = weights_N.nonzero()[:, 0]
@@ -98,30 +106,23 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         R, V = len(targets_R), weight_VH.shape[0]
         nll_R = hidden_RH.new_empty(R, dtype=torch.float32)
         weights_R = torch.empty_like(nll_R)
-        grad_RH = torch.empty_like(hidden_RH) if wants_hidden else None
-        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
-        grad_V = hidden_RH.new_zeros(V, dtype=torch.float32) if wants_bias else None
+        grads = _Gradients(
+            torch.empty_like(hidden_RH) if wants_hidden else None,
+            torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None,
+            hidden_RH.new_zeros(V, dtype=torch.float32) if wants_bias else None,
+        )
+        wanted = any(ctx.needs_input_grad[:3])
         for rows in _chunks(R, V):
             h_CH, y_C = hidden_RH[rows], targets_R[rows]
-            z_CV = head.logits(h_CH)
-            lse_C1 = z_CV.logsumexp(1, keepdim=True)
-            nll_R[rows] = (lse_C1 - z_CV.gather(1, y_C[:, None]))[:, 0]
+            chunk = Chunk(head, h_CH, y_C, keep=wanted)
+            nll_R[rows] = chunk.nll_C
             if isinstance(weights, Tensor):
                 weights_R[rows] = weights[rows]
             else:
-                weights_R[rows] = weights(_online_stats(z_CV, y_C, nll_R[rows], weights))
-            if not any(ctx.needs_input_grad[:3]):
-                continue
-            g_CV = z_CV.sub(lse_C1).exp_() if head.softcap else z_CV.sub_(lse_C1).exp_()
-            g_CV[torch.arange(len(y_C), device=y_C.device), y_C] -= 1
-            g_CV = head.chain(g_CV.mul_(weights_R[rows, None]), z_CV)
-            if wants_hidden:
-                grad_RH[rows] = pull_back(g_CV, weight_VH)
-            if wants_weight:
-                accumulate(grad_VH, g_CV, h_CH)
-            if wants_bias:
-                grad_V += g_CV.sum(0)
-        ctx.grads = grad_RH, grad_VH, grad_V
+                weights_R[rows] = weights(_online_stats(head, h_CH, y_C, nll_R[rows], weights))
+            if wanted:
+                grads.add(rows, chunk, weights_R[rows])
+        ctx.grads = grads.hidden_RH, grads.weight_VH, grads.bias_V
         ctx.dtypes = weight_VH.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(nll_R, weights_R)
         return (nll_R * weights_R).sum(), nll_R, weights_R
@@ -141,14 +142,53 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _online_stats(z_CV: Tensor, y_C: Tensor, nll_C: Tensor, weigher: Weigher) -> TokenStats:
-    """What the rule needs of the model in training; the logprob alone is known already."""
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """What is summed up over chunks; None where nobody needs it.
+
+    hidden_RH in hidden's dtype; weight_VH, bias_V float32
+    """
+
+    hidden_RH: Tensor | None
+    weight_VH: Tensor | None
+    bias_V: Tensor | None
+
+    def add(self, rows: slice, chunk: Chunk, weights_C: Tensor) -> None:
+        """The gradients of sum(weights * nll) over one chunk's rows."""
+        h_CH = chunk.hidden_CH
+        grad_CH = torch.zeros_like(h_CH, dtype=torch.float32)
+        for tile, g_CT in chunk.gradients(weights_C):
+            if self.bias_V is not None:
+                self.bias_V[tile] += g_CT.sum(0)
+            g_CT = g_CT.to(h_CH.dtype)
+            if self.hidden_RH is not None:
+                add_pull_back(grad_CH, g_CT, chunk.head.weight[tile])
+            if self.weight_VH is not None:
+                add_turned(self.weight_VH[tile], g_CT, h_CH)
+        if self.hidden_RH is not None:
+            self.hidden_RH[rows] = grad_CH
+
+
+@torch.no_grad()
+def _weigh_all(hidden_NH: Tensor, head: Head, targets_N: Tensor, weigher: Weigher) -> Tensor:
+    """Weights [N] of a rule that looks at all tokens: a pass over the chunks of its own."""
+    stats = Fold(head, names=weigher.rule.needs)(hidden_NH, targets_N).check()
+    return weigher(stats).expand(len(targets_N))
+
+
+def _online_stats(
+    head: Head, h_CH: Tensor, y_C: Tensor, nll_C: Tensor, weigher: Weigher
+) -> TokenStats:
+    """What the rule needs of the model in training. The logprob alone is known already; for more
+    the logits are made once more, since ties and ranks need them unrounded."""
     if set(weigher.rule.needs) <= {"logprob"}:
         return TokenStats(logprob=(-nll_C).clamp_max(0))
-    return token_stats(z_CV, y_C, weigher.rule.needs).check()
+    return Fold(head, names=weigher.rule.needs)(h_CH, y_C).check()
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Equal chunks: each adds to the whole gradient of the projection once."""
     fewest, most = _CHUNK_ROWS
     size = min(most, max(fewest, _CHUNK_BYTES // (4 * vocabulary)))
-    return (slice(i, i + size) for i in range(0, rows, size))
+    size = math.ceil(rows / max(1, math.ceil(rows / size)))
+    return (slice(i, i + size) for i in range(0, rows, max(1, size)))

@@ -1,4 +1,6 @@
-// hidden [M, K] times weight [N, K] transposed, accumulated and stored in float32.
+// The products of the statistics and of the loss on a CPU, accumulated and stored in float32:
+//
+//     out [M, N]  =  or +=   a [M, K] times b [K, N]
 //
 // PyTorch has this product of bfloat16 operands on CUDA (torch.mm with out_dtype) and not on a CPU,
 // where its result is rounded to bfloat16. The arithmetic is oneDNN's, through the matrix kernels
@@ -12,49 +14,97 @@
 
 namespace {
 
-constexpr int64_t kRows = 128;     // of hidden per block: its part stays in the second-level cache
+constexpr int64_t kRows = 128;  // of a block of a: its part stays in the second-level cache
 
-// depth: how many products are summed in one float32 chain. Longer chains lose digits, which shows
-// in float32 and vanishes under the rounding of bfloat16 operands.
-template <class T> struct Operand;
-template <> struct Operand<float> {
-  static constexpr int64_t pair = 1, columns = 64, depth = 256;
-  using Word = float;
+// columns  of a strip of b
+// depth    how many products are summed in one float32 chain. Longer chains lose digits, which
+//          shows in float32 and vanishes under the rounding of bfloat16 operands.
+// pair     neighbours in k that lie side by side in a word of a packed strip
+template <class T> struct Block;
+template <> struct Block<float> {
+  static constexpr int64_t columns = 64, depth = 256, pair = 1;
 };
-template <> struct Operand<at::BFloat16> {  // two neighbours in k lie side by side in a word
-  static constexpr int64_t pair = 2, columns = 48, depth = 1024;
-  using Word = uint32_t;
+template <> struct Block<at::BFloat16> {
+  static constexpr int64_t columns = 48, depth = 1024, pair = 2;
 };
 
-// Columns n..n+count of the product, depth k..k+depth: the weight is transposed into `packed`.
+template <class T> int64_t padded(int64_t depth) { return (depth + Block<T>::pair - 1) / Block<T>::pair * Block<T>::pair; }
+
+// A strip of b, depth x count, as the kernel takes it; a missing half of a pair is zero. Element
+// (k, n) of b stands at k * along_k + n * along_n.
 template <class T>
-void pack(const T* weight, int64_t K, int64_t count, int64_t depth, typename Operand<T>::Word* packed) {
-  for (int64_t j = 0; j < count; j++) {
-    auto source = reinterpret_cast<const typename Operand<T>::Word*>(weight + j * K);
-    for (int64_t i = 0; i < depth / Operand<T>::pair; i++) packed[i * count + j] = source[i];
+void pack(const T* b, int64_t along_k, int64_t along_n, int64_t depth, int64_t count, T* packed) {
+  constexpr int64_t pair = Block<T>::pair;
+  if (pair == 2 && along_k == 1 && depth % 2 == 0) {  // pairs lie side by side already
+    auto words = reinterpret_cast<uint32_t*>(packed);
+    for (int64_t j = 0; j < count; j++) {
+      auto source = reinterpret_cast<const uint32_t*>(b + j * along_n);
+      for (int64_t i = 0; i < depth / 2; i++) words[i * count + j] = source[i];
+    }
+  } else if (pair == 1 && along_k == 1) {
+    for (int64_t j = 0; j < count; j++)
+      for (int64_t k = 0; k < depth; k++) packed[k * count + j] = b[j * along_n + k];
+  } else {
+    for (int64_t k = 0; k < depth; k += pair)
+      for (int64_t j = 0; j < count; j++)
+        for (int64_t i = 0; i < pair; i++)
+          packed[k * count + j * pair + i] = k + i < depth ? b[(k + i) * along_k + j * along_n] : T(0);
   }
 }
 
+// out = a b for a wide b: every strip is packed once and meets all rows of a, which has even rows.
 template <class T>
-void multiply(int64_t M, int64_t N, int64_t K, const T* hidden, const T* weight, float* out) {
-  constexpr int64_t columns = Operand<T>::columns, longest = Operand<T>::depth;
-  constexpr bool paired = Operand<T>::pair == 2;
+void wide(int64_t M, int64_t N, int64_t K, const T* a, const T* b, bool b_turned, bool add, float* out) {
+  constexpr int64_t columns = Block<T>::columns, longest = Block<T>::depth;
+  const int64_t along_k = b_turned ? 1 : N, along_n = b_turned ? K : 1;
 #pragma omp parallel
   {
-    std::vector<typename Operand<T>::Word> packed(columns * std::min(K, longest));
+    std::vector<T> packed(columns * padded<T>(std::min(K, longest)));
 #pragma omp for
     for (int64_t n = 0; n < N; n += columns) {
       const int64_t count = std::min(columns, N - n);
       for (int64_t k = 0; k < K; k += longest) {
         const int64_t depth = std::min(longest, K - k);
-        pack(weight + n * K + k, K, count, depth, packed.data());
+        pack(b + k * along_k + n * along_n, along_k, along_n, depth, count, packed.data());
         for (int64_t m = 0; m < M; m += kRows)
-          at::native::cpublas::brgemm(
-              std::min(kRows, M - m), count, depth, K, count, N, /*add_C=*/k > 0,
-              hidden + m * K + k, reinterpret_cast<const T*>(packed.data()), out + m * N + n, paired);
+          at::native::cpublas::brgemm(std::min(kRows, M - m), count, depth, K, count, N, add || k > 0,
+                                      a + m * K + k, packed.data(), out + m * N + n, Block<T>::pair == 2);
       }
     }
-    at::native::cpublas::brgemm_release(paired);
+    at::native::cpublas::brgemm_release(Block<T>::pair == 2);
+  }
+}
+
+// out += a' b for a tall a', given as a [K, M]: every block of a is turned once and meets all of b.
+template <class T>
+void tall(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* out) {
+  constexpr int64_t columns = Block<T>::columns, longest = Block<T>::depth, square = 32;
+  const int64_t strips = (N + columns - 1) / columns, room = padded<T>(std::min(K, longest));
+  std::vector<T> packed(strips * columns * room);
+  for (int64_t k = 0; k < K; k += longest) {
+    const int64_t depth = std::min(longest, K - k), even = padded<T>(depth);
+    for (int64_t s = 0; s < strips; s++)
+      pack(b + k * N + s * columns, N, int64_t(1), depth, std::min(columns, N - s * columns),
+           packed.data() + s * columns * room);
+#pragma omp parallel
+    {
+      std::vector<T> turned(kRows * room);
+#pragma omp for
+      for (int64_t m = 0; m < M; m += kRows) {
+        const int64_t rows = std::min(kRows, M - m);
+        for (int64_t k0 = 0; k0 < depth; k0 += square)
+          for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = k0; j < std::min(k0 + square, depth); j++)
+              turned[i * even + j] = a[(k + j) * M + m + i];
+        for (int64_t i = 0; i < rows && even > depth; i++) turned[i * even + depth] = T(0);
+        for (int64_t s = 0; s < strips; s++)
+          at::native::cpublas::brgemm(rows, std::min(columns, N - s * columns), even, even,
+                                      std::min(columns, N - s * columns), N, true, turned.data(),
+                                      packed.data() + s * columns * room, out + m * N + s * columns,
+                                      Block<T>::pair == 2);
+      }
+      at::native::cpublas::brgemm_release(Block<T>::pair == 2);
+    }
   }
 }
 
@@ -63,8 +113,8 @@ int supported() {
   T a[4] = {}, b[4] = {};
   float c[1];
   try {
-    at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, a, b, c, Operand<T>::pair == 2);
-    at::native::cpublas::brgemm_release(Operand<T>::pair == 2);
+    at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, a, b, c, Block<T>::pair == 2);
+    at::native::cpublas::brgemm_release(Block<T>::pair == 2);
     return 1;
   } catch (...) {  // this processor has no such instructions
     return 0;
@@ -73,16 +123,24 @@ int supported() {
 
 }  // namespace
 
+// All tensors contiguous; `half` says bfloat16, for which K is even in prift_wide.
 extern "C" {
 
 int prift_supported(int half) { return half ? supported<at::BFloat16>() : supported<float>(); }
 
-// All tensors contiguous; with half, K is even.
-void prift_project(int half, int64_t M, int64_t N, int64_t K, const void* hidden, const void* weight, float* out) {
+void prift_wide(int half, int64_t M, int64_t N, int64_t K, const void* a, const void* b, int b_turned, int add,
+                float* out) {
   if (half)
-    multiply(M, N, K, static_cast<const at::BFloat16*>(hidden), static_cast<const at::BFloat16*>(weight), out);
+    wide(M, N, K, static_cast<const at::BFloat16*>(a), static_cast<const at::BFloat16*>(b), b_turned, add, out);
   else
-    multiply(M, N, K, static_cast<const float*>(hidden), static_cast<const float*>(weight), out);
+    wide(M, N, K, static_cast<const float*>(a), static_cast<const float*>(b), b_turned, add, out);
+}
+
+void prift_tall(int half, int64_t M, int64_t N, int64_t K, const void* a, const void* b, float* out) {
+  if (half)
+    tall(M, N, K, static_cast<const at::BFloat16*>(a), static_cast<const at::BFloat16*>(b), out);
+  else
+    tall(M, N, K, static_cast<const float*>(a), static_cast<const float*>(b), out);
 }
 
 }

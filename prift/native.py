@@ -1,4 +1,4 @@
-"""Builds and loads native.cpp: on a CPU, products of bfloat16 operands into float32.
+"""Builds and loads native.cpp: on a CPU, products of float32 or bfloat16 operands into float32.
 
 Built once per machine and version of torch with the C++ compiler that is there ($CXX, g++, clang++
 or c++), kept below the cache's home, and checked against float64 each time it is loaded. Where any
@@ -39,8 +39,10 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(_built(cxx)))
     except (OSError, subprocess.SubprocessError):
         return None
-    found.prift_project.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 3]
-    found.prift_project.restype = None
+    sizes, pointer, flag = [ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int
+    found.prift_wide.argtypes = [flag, *sizes, pointer, pointer, flag, flag, pointer]
+    found.prift_tall.argtypes = [flag, *sizes, pointer, pointer, pointer]
+    found.prift_wide.restype = found.prift_tall.restype = None
     return found
 
 
@@ -53,24 +55,50 @@ def supports(dtype: torch.dtype) -> bool:
     if found is None or not found.prift_supported(int(dtype == torch.bfloat16)):
         return False
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(131, 1100, generator=generator).to(dtype)
-    weight = torch.randn(101, 1100, generator=generator).to(dtype)
-    exact = hidden.double() @ weight.double().T
-    return bool((project(hidden, weight).double() - exact).abs().max() < 1e-2)
+    a, b = (torch.randn(n, 1100, generator=generator).to(dtype) for n in (131, 101))
+    given = torch.randn(131, 101, generator=generator)
+    exact = a.double() @ b.double().T
+    found = [
+        (project(a, b), exact),
+        (add_product(given.clone(), a, b.T.contiguous()), exact + given.double()),
+        (add_turned(given.clone(), a.T.contiguous(), b.T.contiguous()), exact + given.double()),
+    ]
+    return all((x.double() - y).abs().max() < 1e-2 for x, y in found)
 
 
-def project(hidden_NH: Tensor, weight_VH: Tensor, out_NV: Tensor | None = None) -> Tensor:
-    """hidden @ weight.T in float32 [N, V], in the contiguous `out_NV` where that is given.
+def project(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+    """a @ b.T in float32 [M, N], in the contiguous `out_MN` where that is given.
 
-    Only for a dtype that `supports` names; bfloat16 wants an even H.
+    Only for a dtype that `supports` names; bfloat16 wants an even K.
     """
-    hidden_NH, weight_VH = hidden_NH.contiguous(), weight_VH.contiguous()
-    (N, H), V = hidden_NH.shape, len(weight_VH)
-    if out_NV is None:
-        out_NV = torch.empty(N, V)
-    pointers = hidden_NH.data_ptr(), weight_VH.data_ptr(), out_NV.data_ptr()
-    library().prift_project(int(hidden_NH.dtype == torch.bfloat16), N, V, H, *pointers)
-    return out_NV
+    if out_MN is None:
+        out_MN = torch.empty(len(a_MK), len(b_NK))
+    _wide(a_MK, b_NK.contiguous(), out_MN, turned=True, add=False)
+    return out_MN
+
+
+def add_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """out += a @ b, with `out` contiguous float32; bfloat16 wants an even K."""
+    _wide(a_MK, b_KN.contiguous(), out_MN, turned=False, add=True)
+    return out_MN
+
+
+def add_turned(out_MN: Tensor, a_KM: Tensor, b_KN: Tensor) -> Tensor:
+    """out += a.T @ b, with `out` contiguous float32."""
+    a_KM, b_KN = a_KM.contiguous(), b_KN.contiguous()
+    (K, M), N = a_KM.shape, b_KN.shape[1]
+    half = int(a_KM.dtype == torch.bfloat16)
+    pointers = a_KM.data_ptr(), b_KN.data_ptr(), out_MN.data_ptr()
+    library().prift_tall(half, M, N, K, *pointers)
+    return out_MN
+
+
+def _wide(a_MK: Tensor, b: Tensor, out_MN: Tensor, *, turned: bool, add: bool) -> None:
+    a_MK = a_MK.contiguous()
+    (M, K), N = a_MK.shape, out_MN.shape[1]
+    half = int(a_MK.dtype == torch.bfloat16)
+    pointers = a_MK.data_ptr(), b.data_ptr(), int(turned), int(add), out_MN.data_ptr()
+    library().prift_wide(half, M, N, K, *pointers)
 
 
 def _built(cxx: str) -> Path:

@@ -16,7 +16,7 @@ from prift.newfile import NewFile
 from prift.ranks import is_rank_zero
 
 OPTIONS_FILE = "prift.yaml"
-_MAY_CHANGE = {"training", "output", "cache", "full_metrics_steps", "merge"}
+_MAY_CHANGE = {"training", "output", "cache", "full_metrics_steps", "merge", "skip_check"}
 
 
 def checkpoint_of(output: Path, resume: bool) -> str | None:
@@ -29,13 +29,24 @@ def checkpoint_of(output: Path, resume: bool) -> str | None:
                 "its last checkpoint with --resume."
             )
         return None
-    whole = [p for p in output.glob("checkpoint-*") if _is_whole(p)] if used else []
-    if not whole:
+    last = last_checkpoint(output)
+    if last is None:
         raise OptionError(
             f"--resume: {output} holds no whole checkpoint. To start anew leave --resume out and "
             "name an empty folder; `-- --save_steps N` says how often one is written."
         )
-    return str(max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-"))))
+    if not any((last / name).exists() for name in ("scheduler.pt", "latest")):  # DeepSpeed's
+        raise OptionError(
+            f"--resume: {last} holds the model alone (save_only_model), without the optimiser's "
+            "state. Start anew, with another --output."
+        )
+    return str(last)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The whole checkpoint of the most steps."""
+    whole = [p for p in output.glob("checkpoint-*") if _is_whole(p)]
+    return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -37,34 +37,40 @@ def project(hidden_NH: Tensor, weight_VH: Tensor, out_NV: Tensor | None = None) 
     return out_NV
 
 
-def _is_native(hidden_NH: Tensor, weight_VH: Tensor) -> bool:
-    if hidden_NH.device.type != "cpu" or hidden_NH.dtype != weight_VH.dtype:
-        return False
-    (N, H), V = hidden_NH.shape, len(weight_VH)
-    # Half-precision operands are taken in pairs; small float32 products are as well left to torch.
-    fits = H % 2 == 0 if hidden_NH.dtype == torch.bfloat16 else N * V * H >= _SMALL
-    return fits and min(N, V) > 0 and native.supports(hidden_NH.dtype)
+def add_pull_back(out_NH: Tensor, grad_NV: Tensor, weight_VH: Tensor) -> None:
+    """Adds to float32 `out_NH` the gradient at hidden of `project`: grad @ weight.
 
-
-def pull_back(grad_NV: Tensor, weight_VH: Tensor) -> Tensor:
-    """Gradient at hidden [N, H] of `project`, float32, from the float32 gradient at its output."""
-    if weight_VH.dtype == torch.float32:
-        return grad_NV @ weight_VH
-    if grad_NV.is_cuda:
-        return torch.mm(grad_NV.to(weight_VH.dtype), weight_VH, out_dtype=torch.float32)
-    out_NH = grad_NV.new_zeros(grad_NV.shape[0], weight_VH.shape[1])
-    for part in _slices(weight_VH.shape[0]):
-        out_NH += grad_NV[:, part] @ weight_VH[part].float()
-    return out_NH
-
-
-def accumulate(out_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
-    """Adds the gradient at weight of `project` to the float32 tensor `out_VH`."""
-    if grad_NV.is_cuda and hidden_NH.dtype != torch.float32:
-        half_NV = grad_NV.to(hidden_NH.dtype)
-        out_VH += torch.mm(half_NV.T, hidden_NH, out_dtype=torch.float32)
+    grad_NV  in weight's dtype
+    """
+    if grad_NV.is_cuda and grad_NV.dtype != torch.float32:
+        out_NH += torch.mm(grad_NV, weight_VH, out_dtype=torch.float32)
+    elif _is_native(grad_NV, weight_VH.T):
+        native.add_product(out_NH, grad_NV, weight_VH)
     else:
-        out_VH.addmm_(grad_NV.T, hidden_NH.float())
+        out_NH.addmm_(grad_NV.float(), weight_VH.float())
+
+
+def add_turned(out_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
+    """Adds to float32 `out_VH` the gradient at weight of `project`: grad.T @ hidden.
+
+    grad_NV  in hidden's dtype
+    """
+    if grad_NV.is_cuda and grad_NV.dtype != torch.float32:
+        out_VH += torch.mm(grad_NV.T, hidden_NH, out_dtype=torch.float32)
+    elif _is_native(grad_NV.T, hidden_NH.T, even=False):
+        native.add_turned(out_VH, grad_NV, hidden_NH)
+    else:
+        out_VH.addmm_(grad_NV.T.float(), hidden_NH.float())
+
+
+def _is_native(a_MK: Tensor, b_NK: Tensor, even: bool = True) -> bool:
+    if a_MK.device.type != "cpu" or a_MK.dtype != b_NK.dtype:
+        return False
+    (M, K), N = a_MK.shape, len(b_NK)
+    # bfloat16 operands are taken in pairs; small float32 products are as well left to torch.
+    half = a_MK.dtype == torch.bfloat16
+    fits = K % 2 == 0 or not even if half else M * N * K >= _SMALL
+    return fits and min(M, N, K) > 0 and native.supports(a_MK.dtype)
 
 
 def _slices(rows: int) -> Iterator[slice]:

@@ -1,5 +1,7 @@
 """What a set of examples asks of a cache, and which of its priors answers."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,21 +65,34 @@ def request(examples: Examples, positions: str = "labels") -> Request:
 
 
 def read_prior(
-    cache: PriorCache, examples: Examples, names: Sequence[str], command: str
+    cache: PriorCache, examples: Examples, asked: Request, names: Sequence[str], command: str
 ) -> dict[str, np.ndarray]:
     """Statistics of all label tokens of all examples, joined in order.
 
+    asked  request(examples)
     Raises MissingPrior saying how many sequences the cache lacks, the first of them, and
     `command`, which adds them.
     """
-    wanted = request(examples)
-    absent = cache.missing(wanted.keys, wanted.spans, names)
+    absent = cache.missing(asked.keys, asked.spans, names)
     if absent:
         raise MissingPrior(
             f"{len(absent):,} of {len(examples):,} sequences have no prior in {cache.folder} "
             f"(first: {examples.where(absent[0])}). Run:\n  {command}"
         )
-    return cache.read(wanted.keys, wanted.spans, names)
+    return cache.read(asked.keys, asked.spans, names)
+
+
+def digest(asked: Request, names: Sequence[str], folder: Path) -> str:
+    """What decides the values that are read: the prior and its parts, and what is asked of them.
+
+    folder  of the prior, in the cache
+    """
+    parts = sorted(path.name for path in folder.glob("parts/[!.]*.parquet"))
+    values, counts = spans.flat(asked.spans)
+    found = hashlib.sha256(json.dumps([folder.name, parts, list(names)]).encode())
+    for array in (asked.keys, counts, values):
+        found.update(array.tobytes())
+    return found.hexdigest()[:32]
 
 
 def choose_prior(

@@ -27,11 +27,16 @@ class Rule:
     name      as given to --rule
     needs     statistics it reads
     function  (stats [N], **options) -> weights float32 [N]
+    scope     what one weight depends on: 'token', that token's statistics; 'batch', those of all
+              tokens it is given, which online is one micro-batch on one device
+    signed    whether its weights may be negative
     """
 
     name: str
     needs: tuple[str, ...]
     function: Callable[..., Tensor]
+    scope: str = "token"
+    signed: bool = False
 
     def options(self) -> dict[str, inspect.Parameter]:
         """Keyword options, by name."""
@@ -67,11 +72,13 @@ METHODS: dict[str, tuple[str, str | None]] = {
 """--method: the rule and the source it stands for."""
 
 
-def rule(name: str, needs: tuple[str, ...]) -> Callable[[Callable], Callable]:
-    """Registers a rule function under `name`."""
+def rule(
+    name: str, needs: tuple[str, ...], scope: str = "token", signed: bool = False
+) -> Callable[[Callable], Callable]:
+    """Registers a rule function under `name`. See Rule."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        RULES[name] = Rule(name, needs, function)
+        RULES[name] = Rule(name, needs, function, scope, signed)
         return function
 
     return register

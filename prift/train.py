@@ -5,6 +5,7 @@ What the prior thought comes from the cache alone: this module may not import pr
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import transformers
 
 from prift.dataset import collate
-from prift.errors import OptionError
-from prift.forward import install
+from prift.errors import Interrupted, ModelError, OptionError
+from prift.forward import install, uninstall
+from prift.identity import quantization_of
 from prift.lora import base_of, with_lora
+from prift.memory import training_within
 from prift.models import (
     attention_for,
     checkpoint_dtype,
@@ -23,19 +26,31 @@ from prift.models import (
     locate,
     weight_files,
 )
-from prift.output import check_same_run, checkpoint_of, write_options, writing
+from prift.output import (
+    check_same_run,
+    checkpoint_of,
+    last_checkpoint,
+    write_options,
+    writing,
+)
 from prift.ranks import from_rank_zero, is_rank_zero
+from prift.signals import Signals
+from prift.stepcheck import check_start
 from prift.trainer import PriftTrainer
 from prift.training_data import TrainOptions, load_data
-from prift.watch import LastStepLogged, StopAtNan
+from prift.watch import StepGuard
+
+_ANSWER = "a checkpoint is saved after this step; Ctrl-C ends at once"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Where the model is, the optimiser steps, the seconds, and each metric as last logged."""
+    """Where the model is, the optimiser steps, those of them that had no weight and were skipped,
+    the seconds, and each metric as last logged."""
 
     output: str
     steps: int
+    skipped: int
     seconds: float
     metrics: dict[str, float]
 
@@ -51,7 +66,8 @@ def train(
     training  transformers.TrainingArguments, from `prift.arguments.training_arguments`
     resolved  options to write to <output>/prift.yaml, a valid --config
     Raises OptionError, DataError, ModelError and CacheError, before anything is trained;
-    PriftError where the output cannot be written, ModelError where the loss becomes NaN.
+    PriftError where the output cannot be written, memory does not suffice or a weight may not be,
+    ModelError where the loss becomes NaN or infinite, Interrupted after SIGINT or SIGTERM.
     """
     checkpoint = from_rank_zero(lambda: checkpoint_of(Path(options.output), options.resume))
     if options.resume:
@@ -60,7 +76,8 @@ def train(
     folder = locate(options.model, trust_remote_code=options.trust_remote_code)
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
-    datasets, tokenizer = load_data(options, folder, config, say)
+    _check_numbers(folder, config)
+    data = load_data(options, folder, config, say)
     transformers.set_seed(training.seed)  # an adapter's first values are drawn before Trainer seeds
     model = load_model(
         folder,
@@ -74,27 +91,67 @@ def train(
             model, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target
         )
     install(base_of(model), options.weigher)
-    with writing(options.output):
+    signals = Signals(_ANSWER if is_rank_zero() else "")
+    guard = StepGuard(options.weigher, lambda: signals.received)
+    with writing(options.output), closing(data):
         trainer = PriftTrainer(
             model=model,
             args=training,
             data_collator=collate,
-            train_dataset=datasets[0],
-            eval_dataset=datasets[1],
-            processing_class=tokenizer,
-            callbacks=[LastStepLogged(), StopAtNan()],
+            train_dataset=data.training,
+            eval_dataset=data.evaluation,
+            processing_class=data.tokenizer,
+            guard=guard,
             full_metrics_steps=options.full_metrics_steps,
             skips_rows=options.weigher.source == "prior",
         )
+        check_start(model, data.training, data.prior, options, folder, say)
         write_options(options.output, resolved or {})
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        _save(trainer, options)
+        with signals, training_within(*_sizes(options, training), options.output):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            if guard.ended_by:
+                raise _interrupted(guard.ended_by, options.output)
+            uninstall(base_of(model))
+            _save(trainer, options)
+    if guard.skipped:
+        say(f"{guard.skipped:,} of {result.global_step:,} steps had no weight and were skipped")
     return Trained(
         output=options.output,
         steps=result.global_step,
+        skipped=guard.skipped,
         seconds=result.metrics["train_runtime"],
         metrics=_last_metrics(trainer.state.log_history),
     )
+
+
+def _sizes(options: TrainOptions, training: Any) -> tuple[int, int, list[str]]:
+    """(examples of a micro-batch, micro-batches of a step, what else would need less memory)."""
+    more = []
+    if not training.gradient_checkpointing:
+        more.append("compute activations twice: `-- --gradient_checkpointing`")
+    if not options.lora_r:
+        more.append("train an adapter: `--lora-r 16`")
+    if options.eval_data:
+        more.append("while evaluating, lower per_device_eval_batch_size")
+    return training.per_device_train_batch_size, training.gradient_accumulation_steps, more
+
+
+def _interrupted(signal: int, output: str) -> Interrupted:
+    return Interrupted(
+        f"interrupted; saved {last_checkpoint(Path(output))}. The same command with --resume goes "
+        "on from it, to the same model.",
+        signal,
+    )
+
+
+def _check_numbers(folder: Path, config: Any) -> None:
+    """Quantised weights have no gradient, and adapters over them (QLoRA) were never tried."""
+    if quantization_of(config) is not None:
+        raise ModelError(
+            f"{folder} is quantised (quantization_config in its config.json), and prift does not "
+            "train quantised models, nor adapters over them (QLoRA). Take the model as it was "
+            "before; `--lora-r 16 --dtype bfloat16` trains an adapter in two bytes a parameter."
+        )
 
 
 def _check_devices(training: Any, say: Callable[[str], None]) -> None:

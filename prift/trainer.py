@@ -1,23 +1,31 @@
-"""transformers.Trainer with a weighted loss and honest metrics; it overrides nothing else.
+"""transformers.Trainer with a weighted loss, honest metrics and what cut batches need of it.
 
 The loss of a step is the sum over its label tokens of weight * nll, divided by the number of its
 label tokens over all micro-batches and ranks, zero-weight tokens counted (the denominator of the
 PriFT authors' code, made exact under gradient accumulation).
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from prift.forward import LabelTokens
+from prift.dataset import collate
+from prift.forward import LabelTokens, Weighted
+from prift.order import OrderOfEpoch
+from prift.watch import LastStepLogged, StepGuard
 
 # What is summed over label tokens. A drift is summed where the prior gave the token any chance.
 _SUMS = (
     "tokens", "weight", "zero", "run", "nll_run", "drifts_run", "drift_run",
     "full", "nll", "drifts", "drift", "weighted",
 )  # fmt: skip
+
+_OF_A_CUT_TOKEN = [float(name in ("tokens", "zero")) for name in _SUMS]
 
 
 class PriftTrainer(transformers.Trainer):
@@ -27,11 +35,13 @@ class PriftTrainer(transformers.Trainer):
                         zero-weight tokens too, so that `nll` and `drift` cover all label tokens;
                         None = at each logging step
     skips_rows          whether zero-weight tokens are known beforehand and never run
+    guard               looks at each optimiser step before it is taken
     """
 
     def __init__(
         self,
         *args: Any,
+        guard: StepGuard,
         full_metrics_steps: int | None = None,
         skips_rows: bool = False,
         **kwargs: Any,
@@ -42,6 +52,35 @@ class PriftTrainer(transformers.Trainer):
         self._skips_rows = skips_rows
         self._measured_step = -1
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+        self._guard = guard
+        guard.scales_loss = self.accelerator.scaler is not None
+        self.add_callback(guard)
+        self.add_callback(LastStepLogged())
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """The micro-batches of one optimiser step, and its label tokens over all processes, with
+        those that were cut off and are in no batch."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        own = torch.tensor(sum(batch["num_labels"] for batch in batches), device=device)
+        return batches, self.accelerator.reduce(own, "sum")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """By the lengths that are run, which are known; to learn them, transformers would make
+        every item. In an order that can be resumed."""
+        if self.args.train_sampling_strategy == "group_by_length":
+            together = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            lengths = (train_dataset or self.train_dataset).lengths.tolist()
+            sampler = LengthGroupedSampler(together, lengths=lengths)
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
+        if not hasattr(sampler, "generator"):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return OrderOfEpoch(sampler, lambda: seed + int(self.state.epoch or 0))
 
     def compute_loss(
         self,
@@ -51,16 +90,33 @@ class PriftTrainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Weighted loss of one micro-batch, already divided by the step's label tokens."""
-        labels, prior = inputs.pop("labels"), inputs.pop("prior")
-        tokens = LabelTokens.of(labels)
         every_nll = not self._skips_rows or self._wants_full_metrics()
-        weighted = {"labels": labels, "prior": prior, "every_nll": every_nll}
-        out = model(**inputs, weighted=weighted)
+        if every_nll and self._skips_rows:
+            whole = [self.train_dataset.whole(index) for index in inputs["index"]]
+            inputs = self._prepare_inputs(collate(whole))
+        index, where = inputs["index"], self.train_dataset.examples.where
+        labels, prior, num_labels = _taken(inputs)
+        tokens = LabelTokens.of(labels)
+        out = model(**inputs, weighted=Weighted(labels, prior, every_nll))
+        self._guard.see(
+            out["loss"] + out["auxiliary"],
+            out["weights"],
+            lambda n: f"token {int(tokens.column[n]) + 1} of {where(index[tokens.row[n]])}",
+        )
         sums = _per_token(out["nll"], out["weights"], _logprob(tokens, prior), every_nll).sum(0)
+        sums += (num_labels - len(tokens.row)) * sums.new_tensor(_OF_A_CUT_TOKEN)
         self._sums = self._sums.to(sums.device) + sums
-        share = len(tokens.row) / num_items_in_batch
+        share = num_labels / num_items_in_batch
         loss = out["loss"] / num_items_in_batch + out["auxiliary"] * share
         return loss * self.accelerator.num_processes  # data parallelism averages gradients
+
+    def _get_grad_norm(
+        self, model: torch.nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Tensor | float:
+        """Shows it to the guard: it is the last that is known of a step before it is taken."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._guard.see_norm(norm)
+        return norm
 
     def _wants_full_metrics(self) -> bool:
         """True for the first micro-batch of every step whose metrics cover all label tokens."""
@@ -76,6 +132,8 @@ class PriftTrainer(transformers.Trainer):
             total = self.accelerator.reduce(self._sums.to(self.args.device), "sum")
             logs |= _ratios(dict(zip(_SUMS, total.tolist(), strict=True)))
             self._sums.zero_()
+            if self._guard.skipped:
+                logs["skipped_steps"] = self._guard.skipped
         super().log(logs, start_time)
 
     def prediction_step(
@@ -87,14 +145,19 @@ class PriftTrainer(transformers.Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """Sums per example [B, len(_SUMS)] in the place of logits: exact over any batch or rank."""
         inputs = self._prepare_inputs(inputs)
-        labels, prior = inputs.pop("labels"), inputs.pop("prior")
+        labels, prior, _ = _taken(inputs)
         tokens = LabelTokens.of(labels)
         with torch.no_grad(), self.compute_loss_context_manager():
-            weighted = {"labels": labels, "prior": prior, "every_nll": True}
-            out = model(**inputs, weighted=weighted)
+            out = model(**inputs, weighted=Weighted(labels, prior, every_nll=True))
         each = _per_token(out["nll"], out["weights"], _logprob(tokens, prior), True)
         sums = each.new_zeros(len(labels), len(_SUMS)).index_add_(0, tokens.row, each)
         return None, sums, torch.zeros(len(labels), device=sums.device)
+
+
+def _taken(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], int]:
+    """(labels, prior, num_labels) of a batch, which keeps what the model's forward takes."""
+    del batch["index"]
+    return batch.pop("labels"), batch.pop("prior"), batch.pop("num_labels")
 
 
 def _logprob(tokens: LabelTokens, prior: dict[str, Tensor]) -> Tensor | None:

@@ -2,19 +2,23 @@
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from prift.cache import PriorCache, list_priors
 from prift.dataset import PriorDataset
 from prift.dataspec import DataSpec
 from prift.errors import CacheError, OptionError
+from prift.examples import Examples
 from prift.identity import PriorIdentity, config_digest, weights_digest
+from prift.mapped import MappedArrays, mapped_arrays
 from prift.models import attention_for, checkpoint_dtype, load_config, locate, weight_files
 from prift.ranks import from_rank_zero
-from prift.request import choose_prior, read_prior
+from prift.request import choose_prior, digest, read_prior, request
 from prift.rules import Weigher
 
 
@@ -39,13 +43,36 @@ class TrainOptions:
     merge: bool = False
     resume: bool = False
     full_metrics_steps: int | None = None
+    skip_check: bool = False
     trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads.
+
+    training    cut by its weights, where the rule's source is the prior
+    evaluation  whole, or None
+    prior       whose statistics these are, or None
+    """
+
+    training: PriorDataset
+    evaluation: PriorDataset | None
+    tokenizer: Any
+    prior: PriorIdentity | None
+
+    def close(self) -> None:
+        """Lets go of the decoded statistics, whose files go once no process of the machine holds
+        them."""
+        self.training.close()
+        if self.evaluation is not None:
+            self.evaluation.close()
 
 
 def load_data(
     options: TrainOptions, folder: Path, config: Any, say: Callable[[str], None]
-) -> tuple[tuple[PriorDataset, PriorDataset | None], Any]:
-    """((training data, evaluation data or None), tokenizer), the prior's statistics beside them.
+) -> TrainingData:
+    """The examples, with the prior's statistics beside them.
 
     Raises CacheError and MissingPrior where the rule's source is the prior and the cache lacks
     something; for other rules the cache only adds the metric drift, and what lacks is said.
@@ -54,11 +81,11 @@ def load_data(
     specs = [("training", options.spec)]
     if options.eval_data:
         specs.append(("evaluation", _eval_spec(options)))
-    cache, trouble = None, "no cache was named"
+    identity, trouble = None, "no cache was named"
     if options.cache is not None:
         try:
-            cache = PriorCache(options.cache, _choose(options, folder, config))
-            say(f"prior {cache.identity.id} ({cache.identity.dtype}, {cache.identity.backend})")
+            identity = _choose(options, folder, config)
+            say(f"prior {identity.id} ({identity.dtype}, {identity.backend})")
         except CacheError as error:
             if needed:
                 raise
@@ -67,24 +94,49 @@ def load_data(
         raise OptionError(f"rule {options.weigher.rule.name} reads the prior: name a cache.")
     tokenizer = options.spec.tokenizer_of(folder)
     names = sorted({"logprob", *options.weigher.rule.needs})
-    found = []
+    found: list[PriorDataset] = []
     for purpose, spec in specs:
         examples = spec.examples(tokenizer, config)
         for line in examples.report.lines():
             say(f"{purpose}: {line}")
-        prior = {}
-        if cache is not None:
-            command = _command(options, spec, cache.identity, folder, config)
+        prior: Mapping[str, np.ndarray] = {}
+        if identity is not None:
+            command = _command(options, spec, identity, folder, config)
             try:
-                prior = read_prior(cache, examples, names, command)
+                prior = _decoded(options.cache, identity, examples, names, command)
             except CacheError as error:
                 if needed:
                     raise
                 trouble = str(error).splitlines()[0]
         if not prior:
             say(f"{purpose}: drift is not measured: {trouble}")
-        found.append(PriorDataset(examples, prior))
-    return (found[0], found[1] if len(found) > 1 else None), tokenizer
+        cuts = needed and not found and _ends_do_not_matter(config)
+        found.append(PriorDataset(examples, prior, options.weigher if cuts else None))
+    return TrainingData(found[0], found[1] if len(found) > 1 else None, tokenizer, identity)
+
+
+def _decoded(
+    root: str | None, identity: PriorIdentity, examples: Examples, names: list[str], command: str
+) -> MappedArrays:
+    """Statistics of all label tokens, in files that all processes of the machine map. One of them
+    reads the cache, whose index is gone once it has."""
+    asked = request(examples)
+    key = digest(asked, names, Path(root or "").expanduser() / identity.id)
+
+    def read() -> Mapping[str, np.ndarray]:
+        return read_prior(PriorCache(root or "", identity), examples, asked, names, command)
+
+    return mapped_arrays(key, read)
+
+
+def _ends_do_not_matter(config: Any) -> bool:
+    """Whether a token's loss is the same however much stands behind it, so that what has no weight
+    may be cut off: not where experts are balanced over all tokens, nor where positions turn by
+    angles that depend on how long the batch is."""
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {r.get("rope_type") for r in (ropes, *ropes.values()) if isinstance(r, dict)}
+    balanced = getattr(config, "output_router_logits", False)
+    return not balanced and not kinds & {"longrope", "dynamic"}
 
 
 def _eval_spec(options: TrainOptions) -> DataSpec:

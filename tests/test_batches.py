@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prift.backends.batches import Batches, Group, is_out_of_memory
+from prift.backends.batches import Batches, Group
+from prift.memory import is_out_of_memory
 
 
 def alone(lengths: list[int]) -> list[Group]:
@@ -202,7 +203,7 @@ def test_other_errors_are_not():
 
 SHORT_OF_MEMORY = """
 import resource, sys, torch
-from prift.backends.batches import is_out_of_memory
+from prift.memory import is_out_of_memory
 a, b = torch.ones(4096, 64), torch.ones(64, 4096)
 a @ b, (a * a).sum()  # what is set up once is set up now
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

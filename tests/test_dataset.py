@@ -20,10 +20,11 @@ def test_items_carry_their_own_statistics():
     assert len(data) == 3
     items = [data[i] for i in range(3)]
     assert [item["input_ids"].tolist() for item in items] == [[5, 6, 7, 8], [1, 2], [9, 8, 7]]
-    labels = [[-100, 6, -100, 8], [-100, 2], [-100, 8, 7]]
-    assert [item["labels"].tolist() for item in items] == labels
+    assert [item["places"].tolist() for item in items] == [[1, 3], [1], [1, 2]]
+    assert [item["targets"].tolist() for item in items] == [[6, 8], [2], [8, 7]]
     assert [item["prior"]["rank"].tolist() for item in items] == [[1, 2], [3], [4, 5]]
-    assert items[0]["input_ids"].dtype == items[0]["labels"].dtype == np.int64
+    assert [(item["num_labels"], item["index"]) for item in items] == [(2, 0), (1, 1), (2, 2)]
+    assert data.lengths.tolist() == [4, 2, 3]
 
 
 def test_items_of_repeated_examples():
@@ -44,7 +45,8 @@ def test_batches_are_padded_on_the_right():
     for name, values in expected.items():
         assert batch[name].tolist() == values
         assert batch[name].dtype == torch.int64
-    assert set(batch) == {*expected, "prior"}
+    assert batch["num_labels"] == 5 and batch["index"] == [2, 0, 1]
+    assert set(batch) == {*expected, "prior", "num_labels", "index"}
 
 
 def test_prior_values_stand_at_their_tokens():
@@ -83,7 +85,8 @@ def test_every_tensor_can_be_written_to():
     for size in (1, 3):
         with warnings.catch_warnings(action="error"):
             batch = collate([data[i] for i in range(size)])
-        for tensor in [*(batch[n] for n in batch if n != "prior"), *batch["prior"].values()]:
+        tensors = [value for value in batch.values() if torch.is_tensor(value)]
+        for tensor in [*tensors, *batch["prior"].values()]:
             expected = tensor.clone()
             expected[0, 0] = tensor[0, 0] = 99
             assert torch.equal(tensor, expected)

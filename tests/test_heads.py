@@ -9,7 +9,7 @@ import transformers as tf
 from prift.errors import ModelError
 from prift.headcheck import check_causal, check_head, head_or_reason, misfit
 from prift.heads import Head, body_of, head_of, run_body
-from prift.products import accumulate, project, pull_back
+from prift.products import add_pull_back, add_turned, project
 from tests.families import CONFIGS, tiny
 
 SCALED = {  # family -> factor on its logits, where there is one
@@ -209,11 +209,13 @@ def test_an_adapted_output_projection_is_refused():
 def test_products_are_exact_products_of_their_operands(dtype):
     torch.manual_seed(0)
     hidden, weight = torch.randn(37, 24).to(dtype), torch.randn(20_000, 24).to(dtype)
-    grad, out = torch.randn(37, 20_000), torch.zeros(20_000, 24)
+    grad = torch.randn(37, 20_000).to(dtype)
+    back, out = torch.ones(37, 24), torch.ones(20_000, 24)
     exact = hidden.double() @ weight.double().T
     torch.testing.assert_close(project(hidden, weight).double(), exact, rtol=1e-5, atol=1e-5)
-    back = grad.double() @ weight.double()
-    torch.testing.assert_close(pull_back(grad, weight).double(), back, rtol=1e-4, atol=1e-3)
-    accumulate(out, grad, hidden)
-    wanted = grad.double().T @ hidden.double()
+    add_pull_back(back, grad, weight)
+    wanted = 1 + grad.double() @ weight.double()
+    torch.testing.assert_close(back.double(), wanted, rtol=1e-4, atol=1e-3)
+    add_turned(out, grad, hidden)
+    wanted = 1 + grad.double().T @ hidden.double()
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)

@@ -21,13 +21,16 @@ from tests.scoring import (
     sequences,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def scorer(folder, **options) -> hf.HFScorer:
     config = load_config(locate(str(folder)))
     identity = hf.identify(
         locate(str(folder)), config, dtype="auto", logits_dtype="float32", attention="auto"
     )
-    return hf.load(locate(str(folder)), config, identity, device="cpu", **options)
+    options = {"device": DEVICE, **options}
+    return hf.load(locate(str(folder)), config, identity, **options)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

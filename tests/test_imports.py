@@ -29,6 +29,10 @@ LAYERS = {
         "spans",
         "report",
         "newfile",
+        "mapped",
+        "memory",
+        "signals",
+        "order",
     },
     # one concern each, on top of those
     1: {
@@ -39,6 +43,7 @@ LAYERS = {
         "placement",
         "headcheck",
         "fold",
+        "chunk",
         "lora",
         "messages",
         "rows",
@@ -54,7 +59,7 @@ LAYERS = {
     # what the commands share
     4: {"request", "plan", "provenance", "dataset", "trainer"},
     # the two commands
-    5: {"precompute", "training_data", "train"},
+    5: {"precompute", "training_data", "stepcheck", "train"},
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 """Module -> layer. A module imports its own layer and those below it, and never in a circle."""
@@ -69,7 +74,7 @@ def source_of(folder: str) -> dict[str, Path]:
 
 
 PRODUCTS = {"errors", "home", "native", "products"}
-NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "rules"}
+NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "rules"}
 CACHE = {"errors", "home", "identity", "spans", "parts", "newfile", "cache", "writer"}
 TEXT = {"errors", "progress", "report", "messages", "rows", "tokenizers", "formats", "encode"}
 TEXT |= {"chat", "loader", "examples"}
@@ -87,6 +92,9 @@ REACH = {
     "forward": NUMBERS | {"loss"},
     "backends": NUMBERS | {"identity"},
     "backends.batches": set(),
+    "memory": {"errors"},
+    "signals": set(),
+    "order": set(),
     **{
         f"backends.{n}": NUMBERS | {"backends", "backends.batches", "backends.bodies"}
         for n in ("bodies", "prompts", "packing", "engine", "full")

@@ -84,6 +84,24 @@ def test_online_rules_weigh_with_the_models_own_statistics(name, monkeypatch):
     torch.testing.assert_close(ours.nll.double(), expected[1], rtol=1e-5, atol=1e-5)
 
 
+def test_a_rule_that_looks_at_the_whole_batch_takes_two_passes(monkeypatch):
+    """Weight 1 above the batch's median entropy: no chunk could tell."""
+    monkeypatch.setattr(loss_module, "_CHUNK_ROWS", (1, 7))
+    hidden, weight, bias, targets = case(41, seed=8)
+    uncertain = Rule(
+        "uncertain", ("entropy",), lambda s: s.entropy > s.entropy.median(), scope="batch"
+    )
+    chosen = Weigher(uncertain, "online", {})
+
+    def weights(z, y):
+        return chosen(token_stats(z.float(), y))
+
+    expected = naive(hidden, weight, bias, targets, weights)
+    ours = weighted_loss(hidden, Head(weight, bias), targets, chosen, None)
+    check(hidden, weight, bias, targets, ours, expected, 1e-5)
+    assert ours.weights.sum() == 20
+
+
 def test_bfloat16_is_no_worse_than_naive_bfloat16():
     hidden, weight, bias, targets = case(64, seed=9, dtype=torch.bfloat16)
     values = torch.rand(64)

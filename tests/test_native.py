@@ -27,6 +27,23 @@ def test_product_is_that_of_its_operands(rows, vocabulary, width, dtype):
         assert ((found.double() - hidden.double() @ weight.double().T).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(2, 2, 1), (129, 258, 65), (700, 51, 96)])
+def test_the_products_of_gradients_are_added(rows, inner, columns, dtype):
+    """out += a @ b and out += a.T @ b; an odd inner size included where a is turned."""
+    if not native.supports(dtype):
+        return  # test_it_is_built_where_there_is_a_compiler says whether that may be
+    torch.manual_seed(0)
+    a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+    exact = 1 + a.double() @ b.double()
+    bound = (1 + a.double().abs() @ b.double().abs()) * 2**-24 * 32
+    turned = native.add_turned(torch.ones(rows, columns), a.T.contiguous(), b)
+    assert ((turned.double() - exact).abs() <= bound).all()
+    if inner % 2 == 0 or dtype == torch.float32:
+        plain = native.add_product(torch.ones(rows, columns), a, b)
+        assert ((plain.double() - exact).abs() <= bound).all()
+
+
 def test_it_is_built_where_there_is_a_compiler():
     assert (native.library() is not None) == BUILDS
 

@@ -1,6 +1,7 @@
 """Memory that really does not suffice: the system refuses it to a process of its own."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 import transformers as tf
 
+from tests import cli_fixtures as cli
 from tests.scoring import all_positions, assert_equal_stats, scorer_of, sequences
 
 MIB = 1 << 20
@@ -105,3 +107,39 @@ def test_a_group_that_does_not_fit_is_scored_in_parts(tmp_path):
 def test_one_sequence_that_does_not_fit_is_named(tmp_path):
     said, found = run("one", 200 * MIB, tmp_path)
     assert "too large: 2" in said and found is None, said
+
+
+def train_within(room: int, small: list[str], large: list[str]) -> None:
+    """What the process does: trains with `small`, which sets up once what is set up once, then
+    with `large` under a limit of `room` bytes beyond what it has by then."""
+    import resource
+
+    from prift_cli import main
+
+    torch.set_num_threads(1)
+    main(small, standalone_mode=False)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room,) * 2)
+    main(large)
+
+
+def test_training_says_what_to_lower(model, tmp_path):
+    """2,048 sequences of 60 tokens hold 60 MiB of eager attention several times."""
+    row = {"prompt": "how many clips " * 14, "completion": " go fast"}
+    data = cli.write_rows(tmp_path / "rows.jsonl", [row] * 4096)
+    first = ["train", "--model", model, "--data", data, "--method", "sft", "--attention", "eager"]
+    flags = ["--save_steps", "1", "--max_steps", "2", "--per_device_train_batch_size"]
+    small = [*first, "--output", str(tmp_path / "small"), "--", *flags, "2"]
+    out = tmp_path / "large"
+    large = [*first, "--output", str(out), "--", *flags, "2048", "--gradient_accumulation_steps"]
+    code = f"from tests import test_out_of_memory as t; t.train_within({150 * MIB}, {small}, "
+    done = subprocess.run(
+        [sys.executable, "-c", code + f"{[*large, '3']})"], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    [message] = re.findall("^Error: (.*)", done.stderr, re.MULTILINE)
+    assert "out of memory with micro-batches of 2048 examples" in message
+    assert "--per_device_train_batch_size 1024 --gradient_accumulation_steps 6`" in message
+    for word in ("--max-length", "--gradient_checkpointing", "--lora-r", str(out), "--resume"):
+        assert word in message

@@ -28,7 +28,8 @@ def modules_on_disk() -> set[str]:
     return {
         f"{name}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, name in FOLDERS.items()
-        for path in (ROOT / folder).rglob("*.py")
+        for kind in ("*.py", "*.cpp")
+        for path in (ROOT / folder).rglob(kind)
     }
 
 
@@ -89,5 +90,5 @@ def test_wheel_holds_every_module(tmp_path):
     assert built.returncode == 0, built.stderr
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        held = {n for n in archive.namelist() if n.endswith(".py")}
+        held = {n for n in archive.namelist() if n.endswith((".py", ".cpp"))}
     assert held == modules_on_disk()

@@ -1,13 +1,16 @@
 """Two processes on one machine: same model as one process, and one rank does the hashing."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import cli_fixtures as cli
 from tests.lab import Lab
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -45,30 +48,48 @@ def test_rank_zero_computes_for_all_and_errors_reach_all(tmp_path):
     assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == ["seen by all"] * 2
 
 
-@pytest.mark.parametrize("method", ["prift-mass"])
-def test_two_ranks_equal_one_process(tmp_path, method):
-    """Unequal micro-batches on two gloo ranks give the parameters of accumulating over two."""
+FEW = "--max_steps 4 --per_device_train_batch_size 4"
+ONE_EACH = "--max_steps 12 --per_device_train_batch_size 1 --lr_scheduler_type linear"
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ("--method prift-mass", FEW),
+        ("--method dft --lora-r 4", f"{FEW} --gradient_checkpointing"),
+        ("--method prift-mass --rule-arg threshold=0.8", ONE_EACH),
+    ],
+    ids=["full", "lora-checkpointing", "unequal-work"],
+)
+def test_two_ranks_equal_one_process(tmp_path, options, flags):
+    """Unequal micro-batches on two gloo ranks give the parameters of accumulating over two; also
+    where one rank, or both, have no token with a weight."""
     lab = Lab(tmp_path)
     lab.precompute()
-    # fmt: off
-    command = [
-        "-m", "prift", "train", "--model", lab.model, "--data", lab.data, "--cache", lab.cache,
-        "--max-length", "60", "--method", method,
-    ]
-    flags = [
-        "--", "--max_steps", "4", "--per_device_train_batch_size", "4",
-        "--learning_rate", "1e-3", "--logging_steps", "1",
-        "--train_sampling_strategy", "sequential",
-    ]
-    # fmt: on
+    command = ["train", "--model", lab.model, "--data", lab.data, "--cache", lab.cache]
+    command += ["--max-length", "60", "--json", *options.split()]
+    fixed = "--learning_rate 1e-3 --weight_decay 0.1 --train_sampling_strategy sequential"
+    flags = ["--", "--logging_steps", "1", *flags.split(), *fixed.split()]
     two, one = tmp_path / "two", tmp_path / "one"
-    result = run([*TORCHRUN, *command, "--output", str(two), *flags])
+    result = run([*TORCHRUN, "-m", "prift", *command, "--output", str(two), *flags])
     assert result.returncode == 0, result.stderr
     accumulate = ["--gradient_accumulation_steps", "2"]
-    result = run([sys.executable, *command, "--output", str(one), *flags, *accumulate])
-    assert result.returncode == 0, result.stderr
-    ours, expected = (load_file(p / "model.safetensors") for p in (two, one))
+    alone = cli.prift(*command, "--output", str(one), *flags, *accumulate)
+    cli.succeeded(alone)
+    skipped = [json.loads(o.splitlines()[-1])["skipped"] for o in (result.stdout, alone.stdout)]
+    assert skipped[0] == skipped[1] and (skipped[0] > 0) == ("threshold" in options)
+    [name] = (p.name for p in one.glob("*.safetensors"))
+    ours, expected = (load_file(p / name) for p in (two, one))
     before = load_file(f"{lab.model}/model.safetensors")
-    assert any(not torch.equal(ours[n], before[n]) for n in ours)
+    moved = (not torch.equal(ours[n], before.get(n, torch.zeros_like(ours[n]))) for n in ours)
+    assert all(moved) and ours.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-5)
+    for a, b in zip(logged(two), logged(one), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-9)
+        assert a["mean_weight"] == pytest.approx(b["mean_weight"], rel=1e-6)
+
+
+def logged(output: Path) -> list[dict]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]

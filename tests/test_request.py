@@ -114,11 +114,11 @@ def test_read_prior_joins_the_label_tokens_of_all_examples(tmp_path):
         tmp_path, [([5, 6, 7, 8], runs(1, 4), [11, 12, 13]), ([1, 2, 3], runs(1, 3), [21, 22])]
     )
     three = examples(([1, 2, 3], "001"), ([5, 6, 7, 8], "0101"), ([1, 2, 3], "011"))
-    found = read_prior(cache, three, ("rank", "logprob"), "prift precompute ...")
+    found = read_prior(cache, three, request(three), ("rank", "logprob"), "prift precompute ...")
     assert found["rank"].tolist() == [22, 11, 13, 21, 22]
     assert found["logprob"].tolist() == [-2.75, -1.375, -1.625, -2.625, -2.75]
     repeated = examples(([1, 2, 3], "001"), ([5, 6, 7, 8], "0101"), order=[1, 0, 1])
-    found = read_prior(cache, repeated, ("rank",), "prift precompute ...")
+    found = read_prior(cache, repeated, request(repeated), ("rank",), "prift precompute ...")
     assert found["rank"].tolist() == [11, 13, 22, 11, 13]
 
 
@@ -130,7 +130,7 @@ def test_read_prior_names_the_first_example_that_lacks_a_row_and_the_command(tmp
         "  prift precompute --model m"
     )
     with pytest.raises(MissingPrior, match="^" + re.escape(message) + "$"):
-        read_prior(cache, rows, ("rank",), "prift precompute --model m")
+        read_prior(cache, rows, request(rows), ("rank",), "prift precompute --model m")
 
 
 def priors(root, *identities):
@@ -207,4 +207,4 @@ def test_what_is_asked_for_is_what_is_stored_and_read(tmp_path):
             writer.add(name, len(rows[todo.index[number]].input_ids), runs_, fx.stats(ranks))
     cache = PriorCache(tmp_path, IDENTITY)
     assert cache.missing(wanted.keys, wanted.spans, CORE) == []
-    assert read_prior(cache, rows, ("rank",), "-")["rank"].tolist() == [1, 2, 3, 11]
+    assert read_prior(cache, rows, request(rows), ("rank",), "-")["rank"].tolist() == [1, 2, 3, 11]

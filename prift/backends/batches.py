@@ -6,12 +6,9 @@ batch is then cut again, so nothing is lost.
 """
 
 import functools
-import gc
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +110,3 @@ class Batches:
             batch = sorted(batch[0].halves(), key=lambda g: -g.longest)
         self._left.extendleft(reversed(batch))
         return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whatever device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    words = ("DefaultCPUAllocator", "out of memory", "std::bad_alloc")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def free_memory() -> None:
-    """Gives back what a failed batch left behind."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

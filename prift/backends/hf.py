@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from prift.backends import BadLogits, TooLarge
-from prift.backends.batches import Batches, Group, free_memory, is_out_of_memory
+from prift.backends.batches import Batches, Group
 from prift.backends.bodies import rope_edge, tensor
 from prift.backends.engine import choose_sums
 from prift.backends.full import full_stats, most_tokens
@@ -27,6 +27,7 @@ from prift.fold import Fold
 from prift.headcheck import check_causal, head_or_reason
 from prift.heads import Head
 from prift.identity import PriorIdentity, config_digest, quantization_of, weights_digest
+from prift.memory import free_memory, is_out_of_memory
 from prift.models import attention_for, checkpoint_dtype, load_model, weight_files
 from prift.placement import place
 from prift.stats import CORE, STATS_VERSION, NotADistribution, TokenStats

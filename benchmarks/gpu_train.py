@@ -1,0 +1,120 @@
+"""A training step on a GPU, prift's against plain SFT and the online reference: `make bench-gpu`.
+
+Random-weight models of Qwen2.5's shapes in bfloat16, with gradient checkpointing, on batches of
+full rows, 35 % of the tokens prompt and a quarter of the label tokens weighed zero by prift-mass.
+For each way: wall seconds of forward and backward, least of the rounds, the ratio to plain SFT,
+peak memory above the model (its gradients included, and a reference where there is one; no
+optimiser), and model FLOP utilisation against the matrix rate measured on the same card. FLOPs are
+those plain SFT needs at least: six per weight that a token meets, the body for every token, the
+projection for label tokens, and causal attention; neither checkpoints' second forward nor rows
+that prift-mass leaves out are counted otherwise, so that utilisations compare like times.
+
+What does not fit in memory is said to, and left out. --device cpu --shapes tiny tries the code
+where there is no GPU.
+"""
+
+import argparse
+import gc
+import time
+
+import torch
+import transformers as tf
+from torch import nn
+
+from benchmarks import steps
+from benchmarks.gpu import SHAPES, matrix_rate
+from benchmarks.measure import machine, table, write
+
+ROWS = {"1.5B": 8, "7B": 4, "tiny": 2}
+LENGTH = {"1.5B": 1024, "7B": 1024, "tiny": 64}
+
+
+def flops(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """Of one step, as this page's head counts them."""
+    embedding, head = (
+        m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    body = sum(p.numel() for p in model.parameters()) - embedding.numel()
+    body -= 0 if head is embedding else head.numel()
+    rows, length = batch["input_ids"].shape
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    pairs = rows * length * (length + 1) / 2
+    width = model.config.hidden_size * model.config.num_hidden_layers
+    return 6.0 * (body * rows * length + head.numel() * labels + 2 * width * pairs)
+
+
+def measured(
+    variant: str, model: nn.Module, batch: dict, prior: dict, rounds: int
+) -> tuple[float, float]:
+    """(wall seconds, peak MiB above the model) of the variant, after one uncounted step."""
+    cuda = batch["labels"].is_cuda
+    before = torch.cuda.memory_allocated() if cuda else 0
+    loss = steps.step(variant, model, batch, prior)
+    best = float("inf")
+    for number in range(rounds + 1):
+        if cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        steps.train_once(loss, model)
+        if cuda:
+            torch.cuda.synchronize()
+        if number:
+            best = min(best, time.perf_counter() - begin)
+        elif cuda:
+            torch.cuda.reset_peak_memory_stats()  # what was compiled at first is not counted
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else float("nan")
+    return best, peak
+
+
+def measure(shape: str, device: str, rounds: int, rate: float) -> list[dict]:
+    """Every variant on one shape, in turn, so that a reference is in memory for one only."""
+    options = SHAPES[shape] | {"max_position_embeddings": 4096}
+    vocabulary = options.pop("vocab_size")
+    model = steps.random_model(vocabulary, "bfloat16", device, **options)
+    model.gradient_checkpointing_enable()
+    batch = steps.random_batch(vocabulary, ROWS[shape], LENGTH[shape], device)
+    prior = steps.drawn_prior(batch["labels"])
+    needed, found = flops(model, batch), []
+    for variant in steps.VARIANTS:
+        try:
+            seconds, mib = measured(variant, model, batch, prior, rounds)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{shape} {variant}: out of memory")
+            seconds, mib = float("nan"), float("nan")
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        found.append(
+            {"shape": shape, "variant": variant, "tokens": batch["labels"].numel(),
+             "seconds": seconds, "peak_mib": mib, "mfu": needed / seconds / rate}
+        )  # fmt: skip
+    for row in found:
+        row["ratio"] = row["seconds"] / found[0]["seconds"]
+        row["mib_ratio"] = row["peak_mib"] / found[0]["peak_mib"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shapes", nargs="*", default=["1.5B", "7B"], choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="file to write")
+    options = parser.parse_args()
+    tf.logging.set_verbosity_error()
+    rate = matrix_rate(options.device)
+    print(f"{machine()}; bfloat16 matrix rate {rate / 1e12:.0f} TFLOP/s\n")
+    found = []
+    for shape in options.shapes:
+        found += measure(shape, options.device, options.rounds, rate)
+    table(
+        ["shape", "variant", "tokens/s", "to plain SFT", "MFU", "peak MiB", "MiB to plain SFT"],
+        [[r["shape"], r["variant"], f"{r['tokens'] / r['seconds']:,.0f}", f"{r['ratio']:.2f}",
+          f"{r['mfu']:.0%}", f"{r['peak_mib']:,.0f}", f"{r['mib_ratio']:.2f}"] for r in found],
+    )  # fmt: skip
+    write(options.json, {"machine": machine(), "rate": rate, "rows": found})
+
+
+if __name__ == "__main__":
+    main()

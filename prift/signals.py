@@ -1,0 +1,39 @@
+"""SIGINT (Ctrl-C) and SIGTERM as a request that work answers when it can."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_HEARD = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signals:
+    """Inside `with`, the first signal is kept in `received`; a second Ctrl-C ends at once.
+
+    answer  what is said on stderr when the first one comes; "" = nothing
+    """
+
+    def __init__(self, answer: str = ""):
+        self.received = 0
+        self._answer = answer
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self._before = {number: signal.signal(number, self._handle) for number in _HEARD}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received = number
+            if self._answer:  # past sys.stderr, which may be in the middle of a write
+                os.write(2, f"{signal.Signals(number).name}: {self._answer}\n".encode())
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt

@@ -1,0 +1,150 @@
+"""Training on cut batches, and the same training by the naive definition from full logits.
+
+As a module it is one rank of a distributed run: python -m tests.cutting FOLDER METHOD ACCUMULATION
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prift.arguments import training_arguments
+from prift.dataset import PriorDataset, collate
+from prift.forward import install
+from prift.heads import body_of
+from prift.ranks import is_rank_zero
+from prift.rules import METHODS, Weigher, weigher
+from prift.trainer import PriftTrainer
+from prift.watch import StepGuard
+from tests import references
+from tests.families import tiny
+from tests.test_request import examples
+
+# Per example: "." = prompt, 1 = label token of a weight, 0 = label token of weight zero.
+KEPT = [
+    "...1111", "..110000000", ".0000", "....010100",
+    ".00000", "..0000000", "...111000111", ".1",
+    "..0001", ".10000000000", "...1", "..000000",
+]  # fmt: skip
+BATCH, STEPS, RATE = 2, 3, 0.05
+NOTHING_TO_RUN = 2  # the number of the batch that holds examples 4 and 5
+
+
+def dataset(chosen: Weigher) -> PriorDataset:
+    """Examples of random ids, and statistics that give the weights of KEPT."""
+    random = np.random.RandomState(0)
+    rows = [(random.randint(3, 300, len(k)), k.replace("0", "1").replace(".", "0")) for k in KEPT]
+    kept = np.array([c == "1" for k in KEPT for c in k if c != "."])
+    mass = np.where(kept, -0.1, -3.0).astype(np.float32)
+    logprob = -random.uniform(0.1, 4, len(kept))
+    if chosen.rule.name == "prob":
+        logprob[~kept] = -200.0  # a probability that float32 rounds to zero
+    ones = np.ones(len(kept), np.int32)
+    prior = {"logprob": logprob.astype(np.float32), "log_mass_rank": mass, "n_tie": ones}
+    return PriorDataset(examples(*rows), prior, chosen if chosen.source == "prior" else None)
+
+
+def run(folder: Path, method: str, accumulation: int, flags: str = "") -> dict:
+    """Trains with prift: what was logged, the shapes the body saw, the parameters."""
+    chosen = weigher(*METHODS[method], {})
+    model, shapes = tiny("llama"), []
+    install(model, chosen)
+    body_of(model).register_forward_pre_hook(
+        lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    words = (
+        f"--report_to none --logging_steps 1 --save_strategy no --lr_scheduler_type constant "
+        f"--optim sgd --learning_rate {RATE} --max_grad_norm 0 --train_sampling_strategy "
+        f"sequential --max_steps {STEPS} --per_device_train_batch_size {BATCH} "
+        f"--gradient_accumulation_steps {accumulation} {flags}"
+    )
+    trainer = PriftTrainer(
+        model=model,
+        args=training_arguments(str(folder / "out"), {}, words.split(), False)[0],
+        data_collator=collate,
+        train_dataset=dataset(chosen),
+        guard=StepGuard(chosen),
+        full_metrics_steps=100,  # that is, in the first step
+        skips_rows=chosen.source == "prior",
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "mean_weight" in entry]
+    parameters = {name: p.detach().double() for name, p in model.named_parameters()}
+    return {"logged": logged, "shapes": shapes, "parameters": parameters}
+
+
+def naive(method: str, batches_a_step: int, ranks: int = 1, dtype=torch.float64) -> dict:
+    """The same by the definitions: whole sequences, full logits, plain autograd, in `dtype`."""
+    chosen = weigher(*METHODS[method], {})
+    data, model, logged = dataset(chosen), tiny("llama").to(dtype), []
+    starts = iter(range(0, len(data), BATCH))
+    for step in range(STEPS):
+        batches = [
+            collate([data.whole(i) for i in range(start, start + BATCH)])
+            for start in itertools.islice(starts, batches_a_step)
+        ]
+        tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        loss, table = torch.zeros((), dtype=dtype), []
+        for number, batch in enumerate(batches):
+            logits = model(input_ids=batch["input_ids"]).logits
+            weights = naive_weights(method, batch, logits.detach())
+            loss = loss + references.weighted_loss(logits, batch["labels"], weights, tokens)
+            measured = chosen.source != "prior" or (step == 0 and number < ranks)
+            table += per_token(batch, logits.detach(), weights, measured)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= RATE * parameter.grad
+                parameter.grad = None
+        logged.append({"loss": float(loss.detach()), **metrics(np.array(table))})
+    return {
+        "logged": logged,
+        "parameters": {name: p.detach().double() for name, p in model.named_parameters()},
+    }
+
+
+def naive_weights(method: str, batch: dict, logits: torch.Tensor) -> torch.Tensor:
+    weights = torch.zeros(batch["labels"].shape, dtype=logits.dtype)
+    for b, t in (batch["labels"] != -100).nonzero().tolist():
+        weights[b, t] = {
+            "sft": lambda b=b, t=t: 1.0,
+            "dft": lambda b=b, t=t: references.weight_prob(
+                logits[b, t - 1].numpy(), int(batch["labels"][b, t])
+            ),
+            "prift-prob": lambda b=b, t=t: float(batch["prior"]["logprob"][b, t].exp()),
+            "prift-mass": lambda b=b, t=t: float(batch["prior"]["log_mass_rank"][b, t] > -0.5),
+        }[method]()
+    return weights
+
+
+def per_token(batch: dict, logits: torch.Tensor, weights: torch.Tensor, measured: bool) -> list:
+    """(weight, nll, log p - log q, whether nll and drift are measured on it) of each label."""
+    rows = []
+    for b, t in (batch["labels"] != -100).nonzero().tolist():
+        nll = -float(torch.log_softmax(logits[b, t - 1], 0)[batch["labels"][b, t]])
+        prior = float(batch["prior"]["logprob"][b, t])
+        rows.append((float(weights[b, t]), nll, -nll - prior, measured))
+    return rows
+
+
+def metrics(table: np.ndarray) -> dict[str, float]:
+    weight, nll, drift, measured = table.T
+    found = {"mean_weight": weight.mean(), "zero_share": (weight == 0).mean()}
+    for suffix, over in (("_kept", weight != 0), ("", measured == 1)):
+        if over.any():
+            found |= {f"nll{suffix}": nll[over].mean(), f"drift{suffix}": drift[over].mean()}
+    return found
+
+
+if __name__ == "__main__":
+    target, method_name, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    result = run(target, method_name, steps)
+    rank = torch.distributed.get_rank()
+    (target / f"shapes{rank}.json").write_text(json.dumps(result["shapes"]))
+    if is_rank_zero():
+        torch.save(result["parameters"], target / "parameters.pt")
+        (target / "logged.json").write_text(json.dumps(result["logged"]))
+    torch.distributed.destroy_process_group()
