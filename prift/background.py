@@ -169,11 +169,12 @@ class Consumer(_Beside, Generic[T]):
         self._dropping = False
 
     def __enter__(self) -> "Consumer[T]":
-        self._begin("consumer")
         return self
 
     def put(self, item: T) -> None:
         """Waits where `depth` items wait already. Raises what `handle` raised."""
+        if self._thread is None:  # not on entering: an interrupt there would leave it running
+            self._begin("consumer")
         if self._error is not None:
             raise self._error
         self._items.put(item)
