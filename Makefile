@@ -31,7 +31,8 @@ bench-rounding: $(VENV)/.installed  ## what rounding and the counting of ties do
 bench-scale: $(VENV)/.installed  ## 10,000 and 100,000 sequences: memory and time
 	@$(BIN)/python -m benchmarks.scale --json bench-scale.json
 
-# On a CUDA machine whose own python has torch, transformers, pyarrow, pytest and hypothesis.
+# On a CUDA machine whose own python has torch, transformers, accelerate, pyarrow, rich,
+# click, pytest and hypothesis.
 bench-gpu:  ## the tests of the CUDA paths, then stages 1 and 2 on random-weight 1.5B and 7B models
 	$(PYTHON) -m pytest -q -m 'not slow' tests/test_stats.py tests/test_fold.py \
 	  tests/test_packing.py tests/test_prompts.py tests/test_hf.py

@@ -12,7 +12,6 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import torch
 import transformers as tf
 from torch import Tensor, nn
@@ -101,6 +100,8 @@ def trl_trainer(
 
     tokenizer = byte_level()
     tokenizer.pad_token = tokenizer.eos_token
+    import datasets
+
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     given = {"bf16": False, "gradient_checkpointing": False} | arguments

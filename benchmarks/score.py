@@ -15,6 +15,7 @@ peak above the operands, in a process of its own. --json FILE writes all numbers
 import argparse
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,16 +54,18 @@ def memory(variant: str, vocabulary: int, dtype: str) -> float:
     return growth(setup, f"runner({variant!r}, *given)()")
 
 
-def projection(rounds: int, vocabularies: tuple[int, ...]) -> list[dict]:
+def projection(
+    rounds: int, vocabularies: tuple[int, ...], variants: Sequence[str] = VARIANTS
+) -> list[dict]:
     """The first table."""
     found, lines = [], []
     for vocabulary in vocabularies:
         for dtype in DTYPES:
             given = operands(vocabulary, dtype)
-            runs = {v: runner(v, *given) for v in VARIANTS}
+            runs = {v: runner(v, *given) for v in variants}
             seconds, walls = interleaved(runs, rounds), wall(runs, 2, 2)
-            mib = {v: memory(v, vocabulary, dtype) for v in VARIANTS}
-            for name in VARIANTS:
+            mib = {v: memory(v, vocabulary, dtype) for v in variants}
+            for name in variants:
                 found.append({"vocabulary": vocabulary, "dtype": dtype, "variant": name,
                               "seconds": seconds[name], "wall2": walls[name], "mib": mib[name],
                               "ratio": seconds[name] / seconds["projection"]})  # fmt: skip
@@ -102,7 +105,9 @@ def stage(rounds: int, vocabularies: tuple[int, ...], rows: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="of the first table")
-    parser.add_argument("--stage-rounds", type=int, default=7, help="of the second table")
+    parser.add_argument("--stage-rounds", type=int, default=7, help="of the second; 0: none")
+    parser.add_argument("--variant", nargs="*", default=list(VARIANTS), choices=VARIANTS,
+                        help="of the first table; the floor is always there")  # fmt: skip
     parser.add_argument("--vocabulary", type=int, nargs="*", default=list(VOCABULARIES))
     parser.add_argument("--rows", type=int, default=32, help="data rows of the second table")
     parser.add_argument("--json", help="file to write")
@@ -111,9 +116,11 @@ def main() -> None:
     print(machine())
     vocabularies = tuple(options.vocabulary)
     print(f"\n{ROWS} rows, hidden size {HIDDEN}, least of {options.rounds} rounds\n")
-    first = projection(options.rounds, vocabularies)
-    print(f"\nQwen2, hidden size 256, 6 layers, least of {options.stage_rounds} rounds\n")
-    second = stage(options.stage_rounds, vocabularies, options.rows)
+    variants = [v for v in VARIANTS if v == "projection" or v in options.variant]
+    first, second = projection(options.rounds, vocabularies, variants), []
+    if options.stage_rounds:
+        print(f"\nQwen2, hidden size 256, 6 layers, least of {options.stage_rounds} rounds\n")
+        second = stage(options.stage_rounds, vocabularies, options.rows)
     write(options.json, {"machine": machine(), "projection": first, "stage": second})
 
 

@@ -22,7 +22,6 @@ from benchmarks.measure import growth
 from benchmarks.variants import REFERENCES, bare, reference
 from prift.backends import hf
 from prift.backends.batches import Batches, Group
-from prift.backends.bodies import padded_rows
 from prift.dataspec import DataSpec
 from prift.precompute import PrecomputeOptions, precompute
 from prift.request import request
@@ -97,14 +96,15 @@ def on_the_same_batches(
 
     block  rows that a reference handles at once
     """
-    body, head = scorer._ways._body, scorer._head
+    head = scorer._head
     groups = [Group([i], [len(s)]) for i, s in enumerate(sequences)]
     device = head.weight.device
     batches = Batches(groups, hf.START_TOKENS[device.type])
     while batches:
-        members = [g.members[0] for g in batches.take()]
+        batch = batches.take()
+        members = [group.members[0] for group in batch]
         ids, where = ([x[i] for i in members] for x in (sequences, positions))
-        hidden = padded_rows(body, head, ids, where, device)
+        hidden = scorer._ways.rows(batch, ids, where)
         if variant == "floor":
             for rows in hidden.split(512 if device.type == "cpu" else 2048):
                 bare(rows, head.weight, 4096 if device.type == "cpu" else len(head.weight))

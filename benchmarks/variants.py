@@ -4,6 +4,7 @@
     prift         prift.fold, compiled
     prift-eager   the same without torch.compile
     no-compiler   the same without any compiler: torch's own products too
+    extended      prift with the extended statistics, which sort whole rows
     softmax-sort  log_softmax, sort, cumulative sum: statistics the obvious way
     online-score  what PriFT's authors compute per batch from a reference model's logits
 
@@ -22,11 +23,11 @@ from torch import Tensor
 from prift import products
 from prift.fold import Fold, compiled_sums
 from prift.heads import Head
-from prift.stats import CORE, tile_sums
+from prift.stats import STATISTICS, tile_sums
 from tests.references import online_score, sorted_stats
 
 REFERENCES = {"softmax-sort": sorted_stats, "online-score": online_score}
-VARIANTS = ("projection", "prift", "prift-eager", "no-compiler", *REFERENCES)
+VARIANTS = ("projection", "prift", "prift-eager", "no-compiler", "extended", *REFERENCES)
 BLOCKS = (8, 32, 128)  # rows; each reference is given its fastest
 TILES = (2048, 4096, 8192, None)  # columns of the bare product
 
@@ -40,8 +41,10 @@ def runner(name: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Callab
         sizes, run = list(BLOCKS), functools.partial(reference, name)
         few, whole = (hidden[:128], weight, targets[:128]), (hidden, weight, targets)
     else:
-        sums = compiled_sums(hidden.device.type) if name == "prift" else tile_sums
-        fold = Fold(Head(weight), "float32", CORE, sums)
+        compiled = name in ("prift", "extended")
+        sums = compiled_sums(hidden.device.type) if compiled else tile_sums
+        names = STATISTICS["extended" if name == "extended" else "core"]
+        fold = Fold(Head(weight), "float32", names, sums)
         return functools.partial(_fold, fold, hidden, targets, name != "no-compiler")
     times = {size: once(functools.partial(run, *few, size)) for size in sizes}
     return functools.partial(run, *whole, min(times, key=times.get))

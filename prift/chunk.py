@@ -13,6 +13,7 @@ from torch import Tensor
 from prift.heads import Head
 
 _TILE_COLUMNS = 2048
+_LARGE = 1e25  # of a row's sum: beyond, a weight over it comes near float32's smallest numbers
 
 
 class Chunk:
@@ -31,7 +32,7 @@ class Chunk:
         self._kept = torch.empty(size, dtype=torch.float32, device=hidden_CH.device)
         self._stride = C * width if keep else 0
         own_C = self._exponentials(None)
-        if not (self._total_C.isfinite() & (self._total_C > 0)).all():
+        if not ((self._total_C < _LARGE) & (self._total_C > 0)).all():
             own_C = self._exponentials(self._largest())
         self.nll_C = (self._total_C.log() - (own_C.double() - self._reference_C)).float()
 

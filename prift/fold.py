@@ -1,7 +1,8 @@
 """Statistics of label tokens straight from hidden states, at the price of the projection.
 
 The output projection of a block of rows is made one tile of the vocabulary at a time and folded at
-once into running sums, so a row of logits never exists. On a GPU a tile is the whole vocabulary.
+once into running sums, so that on a CPU a row of logits never exists. On a GPU a tile is the whole
+vocabulary of fewer rows.
 
 Comparisons need the target's logit before its tile is reached, and to the bit: it comes from a
 product of the same rows with the targets' own columns, which sums in the same order. When the
@@ -24,6 +25,7 @@ from prift.stats import CORE, TokenStats, is_deep, stats_of_sums, tile_sums, tok
 _ROWS = 512  # of a block on a CPU
 _TILE_COLUMNS = {True: 2048, False: 512}  # compiled or not: what passes over a tile stays cached
 _ROW_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # of a block of whole float32 rows
+_WHOLE = {"expected_rank", "entropy_top20"}  # what no sum over tiles gives
 _FAR = 20.0  # of log S: entropy = log S - T / S loses digits where the reference is far below
 
 
@@ -65,10 +67,11 @@ class Fold:
         return self.launch(hidden_NH, targets_N)()
 
     def launch(self, hidden_NH: Tensor, targets_N: Tensor) -> Callable[[], TokenStats]:
-        """The same in two steps: a GPU is given its work now, and waited for in the call."""
+        """The same in two steps: a GPU is given its work now (the core's), and waited for in the
+        call."""
         hidden_NH = hidden_NH.to(self.head.weight.device)
         targets_N = targets_N.to(hidden_NH.device)
-        if {"expected_rank", "entropy_top20"} & set(self.names):
+        if _WHOLE & set(self.names):
             return functools.partial(self._whole_rows, hidden_NH, targets_N)
         size = self._rows() if hidden_NH.is_cuda else _ROWS
         blocks = [
@@ -102,7 +105,10 @@ class Fold:
 
     def _rows(self) -> int:
         weight = self.head.weight
-        return max(1, _ROW_BYTES.get(weight.device.type, 256 << 20) // (4 * len(weight)))
+        room = _ROW_BYTES.get(weight.device.type, 256 << 20)
+        if weight.is_cuda and (self.sums is tile_sums or _WHOLE & set(self.names)):
+            room //= 4  # several copies of the block
+        return max(1, room // (4 * len(weight)))
 
     def _block(self, hidden_RH: Tensor, targets_R: Tensor) -> tuple[TokenStats, Tensor]:
         """(statistics, bool [R] whether they are sure) of one block, folded over tiles."""

@@ -86,7 +86,10 @@ def weighted_loss(
 def _cross_entropy(
     hidden_NH: Tensor, head: Head, targets_N: Tensor, weights: Tensor | Weigher
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _WeightedCrossEntropy.apply(hidden_NH, head.weight, head.bias, head, targets_N, weights)
+    tensors = hidden_NH, head.weight, head.bias
+    if not torch.is_grad_enabled():  # an autograd function is not told, and would make gradients
+        tensors = [None if t is None else t.detach() for t in tensors]
+    return _WeightedCrossEntropy.apply(*tensors, head, targets_N, weights)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -108,7 +111,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         weights_R = torch.empty_like(nll_R)
         grads = _Gradients(
             torch.empty_like(hidden_RH) if wants_hidden else None,
-            torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None,
+            hidden_RH.new_zeros(weight_VH.shape, dtype=torch.float32) if wants_weight else None,
             hidden_RH.new_zeros(V, dtype=torch.float32) if wants_bias else None,
         )
         wanted = any(ctx.needs_input_grad[:3])
@@ -172,7 +175,7 @@ class _Gradients:
 @torch.no_grad()
 def _weigh_all(hidden_NH: Tensor, head: Head, targets_N: Tensor, weigher: Weigher) -> Tensor:
     """Weights [N] of a rule that looks at all tokens: a pass over the chunks of its own."""
-    stats = Fold(head, names=weigher.rule.needs)(hidden_NH, targets_N).check()
+    stats = Fold(head, names=weigher.rule.needs)(hidden_NH, targets_N)
     return weigher(stats).expand(len(targets_N))
 
 
@@ -183,7 +186,7 @@ def _online_stats(
     the logits are made once more, since ties and ranks need them unrounded."""
     if set(weigher.rule.needs) <= {"logprob"}:
         return TokenStats(logprob=(-nll_C).clamp_max(0))
-    return Fold(head, names=weigher.rule.needs)(h_CH, y_C).check()
+    return Fold(head, names=weigher.rule.needs)(h_CH, y_C)
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:

@@ -13,7 +13,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    words = ("DefaultCPUAllocator", "out of memory", "std::bad_alloc")
+    words = ("DefaultCPUAllocator", "out of memory", "std::bad_alloc", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

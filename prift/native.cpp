@@ -52,6 +52,11 @@ void pack(const T* b, int64_t along_k, int64_t along_n, int64_t depth, int64_t c
   }
 }
 
+// oneDNN compiles and keeps a kernel for every size, so sizes that vary are filled up with zeros.
+constexpr int64_t kStep = 32;
+
+int64_t rounded(int64_t depth) { return (depth + kStep - 1) / kStep * kStep; }
+
 // out = a b for a wide b: every strip is packed once and meets all rows of a, which has even rows.
 template <class T>
 void wide(int64_t M, int64_t N, int64_t K, const T* a, const T* b, bool b_turned, bool add, float* out) {
@@ -79,13 +84,16 @@ void wide(int64_t M, int64_t N, int64_t K, const T* a, const T* b, bool b_turned
 template <class T>
 void tall(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* out) {
   constexpr int64_t columns = Block<T>::columns, longest = Block<T>::depth, square = 32;
-  const int64_t strips = (N + columns - 1) / columns, room = padded<T>(std::min(K, longest));
+  const int64_t strips = (N + columns - 1) / columns, room = rounded(std::min(K, longest));
   std::vector<T> packed(strips * columns * room);
   for (int64_t k = 0; k < K; k += longest) {
-    const int64_t depth = std::min(longest, K - k), even = padded<T>(depth);
-    for (int64_t s = 0; s < strips; s++)
-      pack(b + k * N + s * columns, N, int64_t(1), depth, std::min(columns, N - s * columns),
-           packed.data() + s * columns * room);
+    const int64_t depth = std::min(longest, K - k), even = rounded(depth);
+    for (int64_t s = 0; s < strips; s++) {
+      const int64_t count = std::min(columns, N - s * columns);
+      T* strip = packed.data() + s * columns * room;
+      pack(b + k * N + s * columns, N, int64_t(1), depth, count, strip);
+      std::fill(strip + padded<T>(depth) * count, strip + even * count, T(0));
+    }
 #pragma omp parallel
     {
       std::vector<T> turned(kRows * room);
@@ -96,7 +104,7 @@ void tall(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* out) {
           for (int64_t i = 0; i < rows; i++)
             for (int64_t j = k0; j < std::min(k0 + square, depth); j++)
               turned[i * even + j] = a[(k + j) * M + m + i];
-        for (int64_t i = 0; i < rows && even > depth; i++) turned[i * even + depth] = T(0);
+        for (int64_t i = 0; i < rows; i++) std::fill_n(turned.data() + i * even + depth, even - depth, T(0));
         for (int64_t s = 0; s < strips; s++)
           at::native::cpublas::brgemm(rows, std::min(columns, N - s * columns), even, even,
                                       std::min(columns, N - s * columns), N, true, turned.data(),

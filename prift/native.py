@@ -20,7 +20,7 @@ from torch import Tensor
 from prift.home import cache_home
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ["-O3", "-fopenmp", "-shared", "-fPIC", "-std=c++20"]
+_FLAGS = ["-O3", "-fopenmp", "-shared", "-fPIC", "-std=c++20", "-fno-strict-aliasing"]
 
 
 def compiler() -> str | None:
@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         found = ctypes.CDLL(str(_built(cxx)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: nobody's home
         return None
     sizes, pointer, flag = [ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int
     found.prift_wide.argtypes = [flag, *sizes, pointer, pointer, flag, flag, pointer]
@@ -104,12 +104,12 @@ def _wide(a_MK: Tensor, b: Tensor, out_MN: Tensor, *, turned: bool, add: bool) -
 def _built(cxx: str) -> Path:
     """The shared library, from an earlier run or built now. Raises SubprocessError, OSError."""
     root = Path(torch.__file__).parent
-    facts = [_SOURCE.read_text(), torch.__version__, str(root), cxx, *_FLAGS]
+    facts = [_SOURCE.read_text(), torch.__version__, str(root), platform.machine(), cxx, *_FLAGS]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     target = cache_home() / "native" / f"{digest}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_suffix(f".{os.getpid()}.tmp")
+        scratch = target.with_suffix(f".{platform.node()}-{os.getpid()}.tmp")
         command = [cxx, *_FLAGS, f"-I{root / 'include'}", str(_SOURCE), "-o", str(scratch)]
         command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         subprocess.run(command, check=True, capture_output=True, timeout=300)

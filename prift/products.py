@@ -13,6 +13,7 @@ from torch import Tensor
 from prift import native
 
 _SLICE_ROWS = 4096  # vocabulary rows widened at a time
+_NARROW = 64  # hidden size below which torch's own float32 product is as good
 _SMALL = 1 << 20  # multiplications below which the native product's start costs more than it saves
 
 
@@ -25,7 +26,7 @@ def project(hidden_NH: Tensor, weight_VH: Tensor, out_NV: Tensor | None = None) 
         if hidden_NH.dtype == torch.float32:
             return torch.mm(hidden_NH, weight_VH.T, out=out_NV)
         return torch.mm(hidden_NH, weight_VH.T, out_dtype=torch.float32, out=out_NV)
-    if _is_native(hidden_NH, weight_VH):
+    if _projects_natively(hidden_NH, weight_VH):
         return native.project(hidden_NH, weight_VH, out_NV)
     if hidden_NH.dtype == weight_VH.dtype == torch.float32:
         return torch.mm(hidden_NH, weight_VH.T, out=out_NV)
@@ -63,13 +64,19 @@ def add_turned(out_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
         out_VH.addmm_(grad_NV.T.float(), hidden_NH.float())
 
 
-def _is_native(a_MK: Tensor, b_NK: Tensor, even: bool = True) -> bool:
+def _projects_natively(hidden_NH: Tensor, weight_VH: Tensor) -> bool:
+    """By the width alone, so that a part of a head is multiplied like the whole, to the bit."""
+    wide = hidden_NH.dtype == torch.bfloat16 or hidden_NH.shape[1] >= _NARROW
+    return wide and _is_native(hidden_NH, weight_VH, least=0)
+
+
+def _is_native(a_MK: Tensor, b_NK: Tensor, even: bool = True, least: int = _SMALL) -> bool:
     if a_MK.device.type != "cpu" or a_MK.dtype != b_NK.dtype:
         return False
     (M, K), N = a_MK.shape, len(b_NK)
     # bfloat16 operands are taken in pairs; small float32 products are as well left to torch.
     half = a_MK.dtype == torch.bfloat16
-    fits = K % 2 == 0 or not even if half else M * N * K >= _SMALL
+    fits = K % 2 == 0 or not even if half else M * N * K >= least
     return fits and min(M, N, K) > 0 and native.supports(a_MK.dtype)
 
 

@@ -111,6 +111,7 @@ def load_data(
         if not prior:
             say(f"{purpose}: drift is not measured: {trouble}")
         cuts = needed and not found and _ends_do_not_matter(config)
+        cuts = cuts and options.weigher.rule.scope == "token"  # others see who is in the batch
         found.append(PriorDataset(examples, prior, options.weigher if cuts else None))
     return TrainingData(found[0], found[1] if len(found) > 1 else None, tokenizer, identity)
 

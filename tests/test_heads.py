@@ -205,6 +205,17 @@ def test_an_adapted_output_projection_is_refused():
     assert "no plain linear layer: found peft" in head_or_reason(model)
 
 
+def test_a_head_that_forbids_tokens_is_understood():
+    """-inf in both is no difference."""
+    model = tiny("phi")
+    with torch.no_grad():
+        model.get_output_embeddings().bias[::3] = -torch.inf
+    assert misfit(model, head_of(model)) is None
+    check_causal(model)
+    doubled = replace(head_of(model), scale=2.0)
+    assert "does not understand" in misfit(model, doubled)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_exact_products_of_their_operands(dtype):
     torch.manual_seed(0)

@@ -97,8 +97,9 @@ REACH = {
     "order": set(),
     **{
         f"backends.{n}": NUMBERS | {"backends", "backends.batches", "backends.bodies"}
-        for n in ("bodies", "prompts", "packing", "engine", "full")
+        for n in ("bodies", "prompts", "engine", "full")
     },
+    "backends.packing": NUMBERS | {f"backends{n}" for n in ("", ".batches", ".bodies", ".prompts")},
     "models": {"errors"},
     "placement": {"errors", "models"},
 }

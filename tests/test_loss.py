@@ -158,6 +158,27 @@ def test_gradients_that_nobody_needs_are_not_made():
     assert not out.loss.requires_grad
 
 
+def test_evaluation_makes_no_gradient(monkeypatch):
+    """An autograd function is not told of no_grad: parameters still look as if they wanted one."""
+    hidden, weight, bias, targets = case(9, seed=4)
+    head, sft = Head(weight, bias), weigher("uniform", None, {})
+    made = []
+    monkeypatch.setattr(loss_module._Gradients, "add", lambda *_: made.append(1))
+    with torch.no_grad():
+        weighted_loss(hidden, head, targets, sft, None)
+    assert not made
+    weighted_loss(hidden, head, targets, sft, None)
+    assert made
+
+
+def test_a_diverged_model_gives_nan_and_no_exception():
+    hidden, weight, bias, targets = case(9, seed=4)
+    with torch.no_grad():
+        hidden[2] = torch.nan
+    out = weighted_loss(hidden, Head(weight, bias), targets, weigher("mass", "online", {}), None)
+    assert out.loss.isnan() and out.nll.isnan().sum() == 1
+
+
 def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients():
     hidden, weight, bias, targets = case(30, seed=6)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -13,9 +13,11 @@ import torch
 from prift.backends.batches import Group
 from prift.backends.bodies import padded_rows
 from prift.backends.packing import can_pack, packed_rows
+from prift.backends.prompts import can_share
 from prift.backends.ways import Ways
 from prift.headcheck import head_or_reason
 from prift.heads import body_of
+from prift.precompute import _Lazy
 from tests.families import tiny
 from tests.scoring import sequences
 
@@ -146,6 +148,20 @@ def test_a_model_that_counts_places_through_all_sequences_is_found_out():
     body.forward, said = blind, []
     Ways(model, head, said.append, may_pack=True).groups(ids, positions)
     assert len(said) == 1 and "relative difference" in said[0]
+
+
+def test_sequences_that_are_made_when_asked_for():
+    """As precompute hands them on: they can be indexed, and that is all."""
+    model, _, head, ids, positions = given("llama")
+    lazy = _Lazy(len(ids), lambda i: ids[i]), _Lazy(len(ids), lambda i: positions[i])
+    said = []
+    groups = Ways(model, head, said.append, may_pack=True).groups(*lazy)
+    assert len(groups) == len(ids) and said == []
+
+
+def test_layers_with_windows_are_padded():
+    """Some models tell a window by the mask alone, and four short sequences would not show it."""
+    assert not can_share(tiny("mistral")) and can_share(tiny("llama"))
 
 
 def test_only_where_there_is_a_kernel_for_it():

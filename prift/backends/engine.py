@@ -8,11 +8,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prift import native
 from prift.errors import ModelError, first_line
 from prift.fold import compiled_sums
 from prift.stats import tile_sums
 
-_WORTH_COMPILING = 10**10  # logits: what a pass saves on a CPU over them is about what it costs
+WORTH_COMPILING = 10**10  # logits: what a pass saves on a CPU over them is about what it costs
+
+
+def tell_products(dtype: torch.dtype, device: torch.device, say: Callable[[str], None]) -> None:
+    """Says where bfloat16 weights must be widened, which is slow."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and not native.supports(dtype):
+        say(
+            "output projection: widened to float32, several times slower: there is no C++ compiler "
+            "(install g++), or this processor lacks the instructions"
+        )
 
 
 def choose_sums(
@@ -25,7 +35,7 @@ def choose_sums(
 
     Raises ModelError where compiling is wanted and fails.
     """
-    if wanted is None and device.type == "cpu" and logits < _WORTH_COMPILING:
+    if wanted is None and device.type == "cpu" and logits < WORTH_COMPILING:
         say("statistics: not compiled, since the data are few")
         return tile_sums
     if wanted is False:

@@ -19,7 +19,7 @@ import torch
 from prift.backends import BadLogits, TooLarge
 from prift.backends.batches import Batches, Group
 from prift.backends.bodies import rope_edge, tensor
-from prift.backends.engine import choose_sums
+from prift.backends.engine import WORTH_COMPILING, choose_sums, tell_products
 from prift.backends.full import full_stats, most_tokens
 from prift.backends.ways import Ways
 from prift.errors import ModelError
@@ -128,10 +128,12 @@ class HFScorer:
         self._model, self._say, self._compiled = model.eval(), say, compiled
         self._device = model.get_input_embeddings().weight.device
         self._sums: Callable[..., torch.Tensor] | None = None
+        self._logits = 0  # folded so far
         check_causal(model)
         self._budget = batch_tokens or START_TOKENS.get(self._device.type, 65536)
         self._vocabulary = model.config.get_text_config().vocab_size
         self._head = self._understood()
+        tell_products(model.dtype, self._device, say)
         self._ways = None if self._head is None else Ways(model, self._head, say)
 
     def _understood(self) -> Head | None:
@@ -162,9 +164,7 @@ class HFScorer:
         names: Sequence[str] = CORE,
     ) -> Iterator[tuple[int, TokenStats]]:
         """See backends.Scorer."""
-        if self._sums is None:
-            logits = sum(map(len, positions)) * self._vocabulary
-            self._sums = choose_sums(self._device, logits, self._compiled, self._say)
+        self._choose(sum(map(len, positions)) * self._vocabulary)
         if self._ways is None:
             groups = [Group([i], [len(s)]) for i, s in enumerate(sequences)]
         else:
@@ -188,6 +188,13 @@ class HFScorer:
                 stats = self._attempt(batches, landed.batch, landed.finish)
                 if stats is not None:
                     yield from landed.split(stats)
+
+    def _choose(self, logits: int) -> None:
+        """Once, by the first window; and again where small windows turn out to be many."""
+        before, self._logits = self._logits, self._logits + logits
+        many = self._device.type == "cpu" and before < WORTH_COMPILING <= self._logits
+        if self._sums is None or (self._compiled is None and many):
+            self._sums = choose_sums(self._device, self._logits, self._compiled, self._say)
 
     def _attempt(self, batches: Batches, batch: list[Group], work: Callable[[], Any]) -> Any:
         """What the work answers, or None where memory did not suffice and the batch goes back."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prift.backends.bodies import tensor
+from prift.backends.prompts import can_share
 from prift.heads import Head
 
 NAME = "prift_varlen"
@@ -20,12 +21,13 @@ _packed: list[tuple[Tensor, int]] = []  # (ends [B + 1], longest) of the sequenc
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether this device and dtype have variable-length attention at all."""
+    """Whether this device and dtype have variable-length attention, and every layer of the model
+    attends to all that stands before a token."""
     half = model.dtype in (torch.bfloat16, torch.float16)
     on_cuda = all(p.device.type == "cuda" for p in model.parameters())
     attends = model.config.get_text_config()._attn_implementation == "sdpa"
-    stateful = getattr(model, "_is_stateful", False)
-    return half and on_cuda and attends and not stateful
+    # Some models tell their layers' windows by the mask alone, which packing has not.
+    return half and on_cuda and attends and can_share(model)
 
 
 def packed_rows(
@@ -91,6 +93,7 @@ def attend(
     if attention_mask is not None or asked or not getattr(module, "is_causal", True):
         raise ValueError(f"variable-length attention has no {', '.join(asked) or 'mask'}")
     ends, longest = _packed[-1]
+    ends = ends.to(query.device)  # layers of one model may lie on several
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     window = -1 if sliding_window is None else sliding_window - 1
     out = varlen_attn(

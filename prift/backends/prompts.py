@@ -73,7 +73,7 @@ def shared_rows(
     P, A = prompt_GP.shape[1], answer_BA.shape[1]
     # No mask: a prompt's tokens never see the padding behind it.
     kept = body(input_ids=tensor(prompt_GP, device), use_cache=True).past_key_values
-    kept.batch_select_indices(tensor(owner, device))
+    kept.batch_select_indices(torch.from_numpy(owner))  # its layers may lie on several devices
     # Padding's own places may lie beyond what the model has a position for.
     place_BA = np.minimum(begins[:, None] + np.arange(A), max(map(len, sequences)) - 1)
     seen_BT = np.concatenate([np.arange(P) < begins[:, None], np.ones((len(owner), A), bool)], 1)

@@ -17,8 +17,10 @@ from prift.backends.packing import can_pack, packed_rows
 from prift.backends.prompts import can_share, grouped, shared_rows
 from prift.errors import first_line
 from prift.heads import Head, body_of
+from prift.memory import is_out_of_memory
 
 Chosen = Sequence[np.ndarray]
+_WORST_ROW = 0.3  # relative difference of one row: more than rounding makes of any
 
 
 class Ways:
@@ -48,7 +50,8 @@ class Ways:
         if first is not None and self._shares is None:
             self._shares = self._sharing_works(first, sequences, positions)
         if groups and self._packs is None:
-            self._packs = self._packing_works(sequences[:4], positions[:4])
+            few = range(min(4, len(sequences)))
+            self._packs = self._packing_works([sequences[i] for i in few])
         return groups if self._shares else [one for g in groups for one in g.apart()]
 
     @torch.inference_mode()
@@ -61,7 +64,7 @@ class Ways:
             return packed_rows(self._model, self._body, self._head, *where)
         return padded_rows(self._body, self._head, *where)
 
-    def _sharing_works(self, group: Group, sequences: Chosen, positions: Chosen) -> bool:
+    def _sharing_works(self, group: Group, sequences: Chosen, positions: Chosen) -> bool | None:
         """Two sequences of the group, and the same with less of their prompt, so that one prompt
         is padded."""
         pair = Group(group.members[:2], group.lengths[:2], group.prompt)
@@ -70,7 +73,9 @@ class Ways:
         batch = [pair, less], ids * 2, where * 2
         return self._works("prompts are not shared", lambda: self.rows(*batch), ids * 2, where * 2)
 
-    def _packing_works(self, sequences: Chosen, positions: Chosen) -> bool:
+    def _packing_works(self, sequences: Chosen) -> bool | None:
+        """At all positions: a sequence's first tokens are those that see its neighbour first."""
+        positions = [np.arange(1, max(2, len(s))) for s in sequences]
         arguments = self._body, self._head, sequences, positions, self._device
         return self._works(
             "sequences are padded, not packed",
@@ -81,8 +86,9 @@ class Ways:
 
     def _works(
         self, else_say: str, tried: Callable[[], Tensor], sequences: Chosen, positions: Chosen
-    ) -> bool:
-        """Whether it makes the rows that the sequences have alone, to the rounding of the dtype."""
+    ) -> bool | None:
+        """Whether it makes the rows that the sequences have alone, to the rounding of the dtype;
+        None where memory did not suffice to tell."""
         try:
             found = tried()
             with torch.inference_mode():
@@ -94,11 +100,15 @@ class Ways:
                 )
             # NaN in both is the weights' fault, which scoring reports.
             same = (found == alone) | (found.isnan() & alone.isnan())
-            missed = (found.double() - alone).masked_fill(same, 0).norm()
-            difference = float(missed / alone.double().nan_to_num().norm().clamp_min(1e-30))
+            missed_N = (found.double() - alone).masked_fill(same, 0).norm(dim=1)
+            size_N = alone.double().nan_to_num().norm(dim=1).clamp_min(1e-30)
+            difference = float(missed_N.norm() / size_N.norm())
             reason = f"relative difference {difference:.2g}"
             works = difference <= torch.finfo(self._model.dtype).eps ** 0.5
+            works &= bool((missed_N <= _WORST_ROW * size_N).all())
         except Exception as error:  # an architecture's own way of refusing
+            if is_out_of_memory(error):
+                return None
             reason, works = f"{type(error).__name__}: {first_line(error)}", False
         if not works:
             self._say(f"{else_say}: {type(self._model).__name__} cannot ({reason})")
