@@ -55,12 +55,15 @@ def memory(variant: str, vocabulary: int, dtype: str) -> float:
 
 
 def projection(
-    rounds: int, vocabularies: tuple[int, ...], variants: Sequence[str] = VARIANTS
+    rounds: int,
+    vocabularies: tuple[int, ...],
+    dtypes: Sequence[str] = DTYPES,
+    variants: Sequence[str] = VARIANTS,
 ) -> list[dict]:
     """The first table."""
     found, lines = [], []
     for vocabulary in vocabularies:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             given = operands(vocabulary, dtype)
             runs = {v: runner(v, *given) for v in variants}
             seconds, walls = interleaved(runs, rounds), wall(runs, 2, 2)
@@ -78,19 +81,26 @@ def projection(
     return found
 
 
-def stage(rounds: int, vocabularies: tuple[int, ...], rows: int) -> list[dict]:
+def stage(
+    rounds: int,
+    vocabularies: tuple[int, ...],
+    rows: int,
+    dtypes: Sequence[str] = DTYPES,
+    variants: Sequence[str] = VARIANTS,
+) -> list[dict]:
     """The second table. The references, many times slower, run once, and without their memory."""
     found, lines = [], []
     for vocabulary in vocabularies:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             with tempfile.TemporaryDirectory() as folder:
                 whole = Stage(Path(folder), vocabulary, dtype, rows)
-                runs = {name: functools.partial(whole.run, name) for name in Stage.VARIANTS}
+                chosen = [v for v in Stage.VARIANTS if v in Stage.MAIN or v in variants]
+                runs = {name: functools.partial(whole.run, name) for name in chosen}
                 main = {name: runs.pop(name) for name in Stage.MAIN}
                 seconds = interleaved(main, rounds)
                 seconds |= {name: once(run) for name, run in runs.items()}
-                mib = {name: whole.memory(name) for name in main}
-            for name in Stage.VARIANTS:
+                mib = {name: whole.memory(name) for name in ("floor", "prift")}
+            for name in chosen:
                 ratio = seconds[name] / seconds["floor"]
                 found.append({"vocabulary": vocabulary, "dtype": dtype, "variant": name,
                               "tokens": whole.tokens, "labels": whole.labels, "ratio": ratio,
@@ -104,10 +114,11 @@ def stage(rounds: int, vocabularies: tuple[int, ...], rows: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="of the first table")
+    parser.add_argument("--rounds", type=int, default=7, help="of the first table; 0: none")
     parser.add_argument("--stage-rounds", type=int, default=7, help="of the second; 0: none")
     parser.add_argument("--variant", nargs="*", default=list(VARIANTS), choices=VARIANTS,
-                        help="of the first table; the floor is always there")  # fmt: skip
+                        help="floors, and prift in the second table, are always there")  # fmt: skip
+    parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--vocabulary", type=int, nargs="*", default=list(VOCABULARIES))
     parser.add_argument("--rows", type=int, default=32, help="data rows of the second table")
     parser.add_argument("--json", help="file to write")
@@ -115,12 +126,15 @@ def main() -> None:
     torch.set_num_threads(1)
     print(machine())
     vocabularies = tuple(options.vocabulary)
-    print(f"\n{ROWS} rows, hidden size {HIDDEN}, least of {options.rounds} rounds\n")
     variants = [v for v in VARIANTS if v == "projection" or v in options.variant]
-    first, second = projection(options.rounds, vocabularies, variants), []
+    first, second = [], []
+    if options.rounds:
+        print(f"\n{ROWS} rows, hidden size {HIDDEN}, least of {options.rounds} rounds\n")
+        first = projection(options.rounds, vocabularies, options.dtype, variants)
     if options.stage_rounds:
         print(f"\nQwen2, hidden size 256, 6 layers, least of {options.stage_rounds} rounds\n")
-        second = stage(options.stage_rounds, vocabularies, options.rows)
+        rows, rounds = options.rows, options.stage_rounds
+        second = stage(rounds, vocabularies, rows, options.dtype, options.variant)
     write(options.json, {"machine": machine(), "projection": first, "stage": second})
 
 

@@ -74,6 +74,12 @@ class Stage:
         else:
             on_the_same_batches(self._scorer, self._sequences, self._positions, variant, 8)
 
+    def warm(self) -> None:
+        """Compiles, on the shortest sequence."""
+        shortest = min(range(len(self._sequences)), key=lambda i: len(self._sequences[i]))
+        few = [self._sequences[shortest]], [self._positions[shortest]]
+        list(self._scorer.score(*few))
+
     def memory(self, variant: str) -> float:
         """Peak MiB above the loaded model and data, activations included."""
         folder, vocabulary, dtype, rows = self._given
@@ -81,7 +87,7 @@ class Stage:
             "from pathlib import Path; from benchmarks.stage import Stage\n"
             f"stage = Stage(Path({folder!r}), {vocabulary}, {dtype!r}, {rows})\n"
         )
-        return growth(setup, f"stage.run({variant!r})")
+        return growth(setup + "stage.warm()\n", f"stage.run({variant!r})")
 
 
 @torch.inference_mode()
