@@ -179,7 +179,9 @@ def test_block_size_changes_nothing():
 
 
 logit = st.one_of(
-    st.floats(-50, 50, width=32), st.sampled_from([0.0, -INF, 1e4, -1e4, 1000.0, 1000.5])
+    # Products of bfloat16 operands take subnormal numbers for zero; no logit is one.
+    st.floats(-50, 50, width=32, allow_subnormal=False),
+    st.sampled_from([0.0, -INF, 1e4, -1e4, 1000.0, 1000.5]),
 )
 
 
