@@ -106,7 +106,7 @@ class Fold:
     def _rows(self) -> int:
         weight = self.head.weight
         room = _ROW_BYTES.get(weight.device.type, 256 << 20)
-        if (weight.is_cuda and self.sums is tile_sums) or _WHOLE & set(self.names):
+        if weight.is_cuda and (self.sums is tile_sums or _WHOLE & set(self.names)):
             room //= 4  # several copies of the block
         return max(1, room // (4 * len(weight)))
 
