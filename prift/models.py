@@ -112,6 +112,17 @@ def context_length(config: Any) -> int | None:
     return None
 
 
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """Parameters of the model's rotary embeddings, of each kind of layer."""
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [r for r in (found, *found.values()) if isinstance(r, dict) and "rope_type" in r]
+
+
+def turns_by_length(config: Any) -> bool:
+    """Whether positions turn by angles that depend on how long the batch is."""
+    return any(r["rope_type"] in ("longrope", "dynamic") for r in ropes(config))
+
+
 def vocabulary_size(config: Any) -> int:
     """Token ids that have a logit: rows of the output projection, padding rows included, save
     where the architecture drops those (Inkling)."""

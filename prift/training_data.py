@@ -16,7 +16,14 @@ from prift.errors import CacheError, OptionError
 from prift.examples import Examples
 from prift.identity import PriorIdentity, config_digest, weights_digest
 from prift.mapped import MappedArrays, mapped_arrays
-from prift.models import attention_for, checkpoint_dtype, load_config, locate, weight_files
+from prift.models import (
+    attention_for,
+    checkpoint_dtype,
+    load_config,
+    locate,
+    turns_by_length,
+    weight_files,
+)
 from prift.ranks import from_rank_zero
 from prift.request import choose_prior, digest, read_prior, request
 from prift.rules import Weigher
@@ -134,10 +141,8 @@ def _ends_do_not_matter(config: Any) -> bool:
     """Whether a token's loss is the same however much stands behind it, so that what has no weight
     may be cut off: not where experts are balanced over all tokens, nor where positions turn by
     angles that depend on how long the batch is."""
-    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {r.get("rope_type") for r in (ropes, *ropes.values()) if isinstance(r, dict)}
     balanced = getattr(config, "output_router_logits", False)
-    return not balanced and not kinds & {"longrope", "dynamic"}
+    return not balanced and not turns_by_length(config)
 
 
 def _eval_spec(options: TrainOptions) -> DataSpec:

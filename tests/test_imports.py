@@ -96,10 +96,11 @@ REACH = {
     "signals": set(),
     "order": set(),
     **{
-        f"backends.{n}": NUMBERS | {"backends", "backends.batches", "backends.bodies"}
+        f"backends.{n}": NUMBERS | {"backends", "backends.batches", "backends.bodies", "models"}
         for n in ("bodies", "prompts", "engine", "full")
     },
-    "backends.packing": NUMBERS | {f"backends{n}" for n in ("", ".batches", ".bodies", ".prompts")},
+    "backends.packing": NUMBERS
+    | {"models", *(f"backends{n}" for n in ("", ".batches", ".bodies", ".prompts"))},
     "models": {"errors"},
     "placement": {"errors", "models"},
 }

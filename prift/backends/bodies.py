@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prift.heads import Head, run_body
+from prift.models import ropes
 
 
 def tensor(array: np.ndarray, device: torch.device) -> Tensor:
@@ -27,12 +28,6 @@ def pad(sequences: Sequence[np.ndarray]) -> np.ndarray:
     for b, sequence in enumerate(sequences):
         ids_BT[b, : len(sequence)] = sequence
     return ids_BT
-
-
-def ropes(config: Any) -> list[dict[str, Any]]:
-    """Parameters of the model's rotary embeddings, of each kind of layer."""
-    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return [r for r in (found, *found.values()) if isinstance(r, dict) and "rope_type" in r]
 
 
 def rope_edge(config: Any) -> int:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from prift.backends.batches import Group
-from prift.backends.bodies import pad, pick, ropes, tensor
+from prift.backends.bodies import pad, pick, tensor
 from prift.heads import Head, accepted, body_of
+from prift.models import turns_by_length
 
 _LEAST_SAVED = 0.2  # of a group's tokens: below, attention to kept keys eats what is saved
 _LEAST_PROMPT = 16  # tokens
@@ -30,9 +31,12 @@ def can_share(model: nn.Module) -> bool:
     windowed = any(getattr(config, n, None) for n in _WINDOWS)
     windowed = windowed and getattr(config, "use_sliding_window", True)
     stateful = getattr(model, "_is_stateful", False)
-    rescaled = any(r["rope_type"] in ("longrope", "dynamic") for r in ropes(config))
     placed = accepted(body_of(model), {"position_ids": None})
-    return bool(kinds == {"full_attention"} and placed and not (windowed or stateful or rescaled))
+    return bool(
+        kinds == {"full_attention"}
+        and placed
+        and not (windowed or stateful or turns_by_length(config))
+    )
 
 
 def grouped(sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> list[Group]:
