@@ -83,7 +83,8 @@ class PriorDataset(torch.utils.data.Dataset):
         begins, counts = self._begins[chunk], self._counts[chunk]
         own = slice(begins[0], begins[-1] + counts[-1])
         values = {n: torch.from_numpy(self.prior[n][own].copy()) for n in weigher.rule.needs}
-        weights = weigher(TokenStats(**values)).expand(own.stop - own.start).numpy()
+        sequence = torch.arange(len(counts)).repeat_interleave(torch.from_numpy(counts))
+        weights = weigher(TokenStats(**values), sequence).expand(own.stop - own.start).numpy()
         nonzero = np.concatenate([[-1], np.flatnonzero(weights) + own.start])
         last = nonzero[np.searchsorted(nonzero, begins + counts) - 1]
         return np.maximum(last + 1 - begins, 0)

@@ -116,6 +116,7 @@ def _loss(
         tokens.target,
         weigher,
         prior,
+        sequence_N=tokens.row,
         every_nll=weighted.every_nll,
     )
     return out.loss, out.nll, out.weights

@@ -46,6 +46,7 @@ def weighted_loss(
     weigher: Weigher,
     prior: TokenStats | None,
     *,
+    sequence_N: Tensor | None = None,
     every_nll: bool = False,
 ) -> LossOutput:
     """Weighted cross-entropy of N label tokens.
@@ -53,6 +54,7 @@ def weighted_loss(
     hidden_NH  hidden states that predict the targets [N, H]
     targets_N  int64 [N]
     prior      statistics [N] of the same tokens, where the weigher's source is the prior
+    sequence_N int64 [N]: which sequence each token belongs to, for rules of that scope
     every_nll  also compute `nll` of rows whose weight is zero, without gradient
     """
     device = hidden_NH.device.type
@@ -66,10 +68,11 @@ def weighted_loss(
             weights = (
                 weigher
                 if weigher.rule.scope == "token"
-                else _weigh_all(hidden_NH.detach(), head, targets_N, weigher)
+                else _weigh_all(hidden_NH.detach(), head, targets_N, weigher, sequence_N)
             )
             return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights))
-        weights_N = weigher(prior or TokenStats()).to(hidden_NH.device).expand(len(targets_N))
+        weights_N = weigher(prior or TokenStats(), sequence_N).to(hidden_NH.device)
+        weights_N = weights_N.expand(len(targets_N))
         nll_N = torch.full_like(weights_N, torch.nan)
         rows = weights_N.nonzero()[:, 0]
         loss, nll_N[rows], _ = _cross_entropy(
@@ -173,10 +176,12 @@ class _Gradients:
 
 
 @torch.no_grad()
-def _weigh_all(hidden_NH: Tensor, head: Head, targets_N: Tensor, weigher: Weigher) -> Tensor:
-    """Weights [N] of a rule that looks at all tokens: a pass over the chunks of its own."""
+def _weigh_all(
+    hidden_NH: Tensor, head: Head, targets_N: Tensor, weigher: Weigher, sequence_N: Tensor | None
+) -> Tensor:
+    """Weights [N] of a rule that looks at many tokens: a pass over the chunks of its own."""
     stats = Fold(head, names=weigher.rule.needs)(hidden_NH, targets_N)
-    return weigher(stats).expand(len(targets_N))
+    return weigher(stats, sequence_N).expand(len(targets_N))
 
 
 def _online_stats(

@@ -26,9 +26,11 @@ class Rule:
 
     name      as given to --rule
     needs     statistics it reads
-    function  (stats [N], **options) -> weights float32 [N]
-    scope     what one weight depends on: 'token', that token's statistics; 'batch', those of all
-              tokens it is given, which online is one micro-batch on one device
+    function  (stats [N], **options) -> weights float32 [N]; of scope 'sequence':
+              (stats [N], sequence_N int64, **options)
+    scope     what one weight depends on: 'token', that token's statistics; 'sequence', those of
+              its sequence's label tokens; 'batch', those of all tokens it is given, which online
+              is one micro-batch on one device
     signed    whether its weights may be negative
     """
 
@@ -55,10 +57,14 @@ class Weigher:
     source: str | None
     arguments: dict[str, Any]
 
-    def __call__(self, stats: TokenStats) -> Tensor:
-        """Detached float32 weights [N], or a scalar where every token weighs the same."""
+    def __call__(self, stats: TokenStats, sequence_N: Tensor | None = None) -> Tensor:
+        """Detached float32 weights [N], or a scalar where every token weighs the same.
+
+        sequence_N  int64: which sequence each token belongs to, for rules of that scope
+        """
+        given = (stats, sequence_N) if self.rule.scope == "sequence" else (stats,)
         with torch.no_grad():
-            return self.rule.function(stats, **self.arguments).float()
+            return self.rule.function(*given, **self.arguments).float()
 
 
 RULES: dict[str, Rule] = {}
@@ -141,7 +147,8 @@ def weigher(name: str, source: str | None, arguments: Mapping[str, str]) -> Weig
         raise OptionError(f"rule {name} has no argument {unknown[0]!r}. It takes: {known}.")
     values = {k: _parse(name, k, v, options[k].annotation) for k, v in arguments.items()}
     bound = Weigher(found, source if found.needs else None, values)
-    bound(TokenStats(**{n: torch.zeros(0) for n in found.needs}))  # values out of range fail now
+    none = torch.zeros(0)
+    bound(TokenStats(**{n: none for n in found.needs}), none.long())  # bad values fail now
     return bound
 
 

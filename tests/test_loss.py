@@ -45,7 +45,7 @@ def naive(hidden, weight, bias, targets, weights, scale=1.0, softcap=None):
 def check(hidden, weight, bias, targets, ours, expected, tolerance):
     loss, nll, gradients = expected
     ours.loss.backward()
-    assert float((ours.loss.double() - loss).abs()) <= tolerance * max(1, float(nll.sum()))
+    assert float((ours.loss.detach().double() - loss).abs()) <= tolerance * max(1, float(nll.sum()))
     leaves = [x for x in (hidden, weight, bias) if x is not None]
     for leaf, wanted in zip(leaves, gradients, strict=True):
         error = (leaf.grad.double() - wanted).norm()
@@ -100,6 +100,29 @@ def test_a_rule_that_looks_at_the_whole_batch_takes_two_passes(monkeypatch):
     ours = weighted_loss(hidden, Head(weight, bias), targets, chosen, None)
     check(hidden, weight, bias, targets, ours, expected, 1e-5)
     assert ours.weights.sum() == 20
+
+
+def test_a_rule_that_looks_at_sequences_takes_two_passes(monkeypatch):
+    """Each token weighs its sequence's probability: chunks cut sequences, and sequences mix."""
+    monkeypatch.setattr(loss_module, "_CHUNK_ROWS", (1, 7))
+    hidden, weight, bias, targets = case(41, seed=12)
+    sequence = torch.randint(5, (41,), generator=torch.Generator().manual_seed(4))
+
+    def likelihood(stats, sequence_N):
+        total = torch.zeros(5).index_add_(0, sequence_N, stats.logprob)
+        return total.mul(0.01).exp()[sequence_N]
+
+    chosen = Weigher(Rule("likelihood", ("logprob",), likelihood, "sequence"), "online", {})
+
+    def weights(z, y):
+        logprob = torch.log_softmax(z.double(), -1).gather(1, y[:, None])[:, 0]
+        each = [logprob[sequence == s].sum() for s in sequence.tolist()]
+        return torch.stack(each).mul(0.01).exp()
+
+    expected = naive(hidden, weight, bias, targets, weights)
+    ours = weighted_loss(hidden, Head(weight, bias), targets, chosen, None, sequence_N=sequence)
+    check(hidden, weight, bias, targets, ours, expected, 1e-5)
+    assert len(ours.weights.unique()) == 5
 
 
 def test_bfloat16_is_no_worse_than_naive_bfloat16():
