@@ -18,6 +18,7 @@ import torch
 from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError, DataError, ModelError
 from prift.precompute import PrecomputeOptions, precompute
+from prift.writer import PartWriter
 from tests.families import tiny
 from tests.lab import Lab
 
@@ -84,25 +85,21 @@ def test_nan_late_keeps_what_was_scored(tmp_path):
     assert 20 <= rows_of(lab) < 28
 
 
-def test_a_writer_that_fails_ends_the_run(tmp_path):
+def test_a_writer_that_fails_ends_the_run(tmp_path, monkeypatch):
     """The cache's folder of parts is taken away after the first part was written."""
     lab = Lab(tmp_path, rows=200)
+    finish = PartWriter.finish
 
-    def say(line):
-        if "scored while" in line:
-            threading.Thread(target=spoil, name="spoil").start()
+    def spoil(part):
+        path = finish(part)
+        path.parent.rename(tmp_path / "away")
+        return path
 
-    def spoil():
-        deadline = time.monotonic() + 30
-        while not list(Path(lab.cache).glob("*/parts/*.parquet")) and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        for parts in Path(lab.cache).glob("*/parts"):
-            parts.rename(tmp_path / "away")
-
+    monkeypatch.setattr(PartWriter, "finish", spoil)
     options = PrecomputeOptions(window_rows=20, batch_tokens=30, part_seconds=0.0)
     with pytest.raises(CacheError, match="cannot write to the cache .* No such file"):
-        precompute(lab.model, lab.spec(), lab.cache, options, say)
-    assert 0 < len(list((tmp_path / "away").glob("*.parquet"))) < 200
+        precompute(lab.model, lab.spec(), lab.cache, options)
+    assert len(list((tmp_path / "away").glob("*.parquet"))) == 1
 
 
 RUN = """

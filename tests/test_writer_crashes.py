@@ -16,7 +16,7 @@ from tests.cache_fixtures import CORE, IDENTITY, files, runs
 
 # Rows of 20,000 random tokens, so that ten of them fill a row group; told from a child process.
 CHILD = """
-import gc, resource, sys, time
+import gc, itertools, resource, sys, time
 import numpy as np
 from prift.errors import CacheError
 from prift.writer import CacheWriter
@@ -125,7 +125,7 @@ def test_an_interrupt_at_any_time_leaves_only_whole_parts(tmp_path):
 try:
     print("ready", flush=True)
     with CacheWriter(sys.argv[1], IDENTITY, {}) as writer:
-        for number in range(1000):
+        for number in itertools.count():
             add(writer, number)
 except KeyboardInterrupt:
     gc.collect()
