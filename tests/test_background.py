@@ -213,18 +213,18 @@ def test_put_waits_where_enough_waits_already():
 
 
 def test_an_interrupt_while_leaving_drops_what_waits():
-    begun, seen = threading.Event(), []
+    seen = []
 
     def handle(n):
-        begun.set()
-        time.sleep(0.3)
+        until(lambda: consumer._left)
+        time.sleep(0.2)  # for the main thread to begin to wait
+        os.kill(os.getpid(), signal.SIGINT)
+        until(lambda: consumer._dropping)
         seen.append(n)
 
     with pytest.raises(KeyboardInterrupt), Consumer(handle, 100) as consumer:
         for n in range(100):
             consumer.put(n)
-        assert begun.wait(SOON)
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert seen == [0]  # what was begun is ended
 
 
