@@ -10,9 +10,30 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <new>
+#include <string>
 #include <vector>
 
 namespace {
+
+// The first exception of a parallel region, which none may leave: thrown again behind it.
+class Caught {
+  std::exception_ptr first;
+
+ public:
+  template <class Work> void attempt(Work work) noexcept {
+    try {
+      work();
+    } catch (...) {
+#pragma omp critical(prift_caught)
+      if (!first) first = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (first) std::rethrow_exception(first);
+  }
+};
 
 constexpr int64_t kRows = 128;  // of a block of a: its part stays in the second-level cache
 
@@ -62,22 +83,26 @@ template <class T>
 void wide(int64_t M, int64_t N, int64_t K, const T* a, const T* b, bool b_turned, bool add, float* out) {
   constexpr int64_t columns = Block<T>::columns, longest = Block<T>::depth;
   const int64_t along_k = b_turned ? 1 : N, along_n = b_turned ? K : 1;
+  Caught caught;
 #pragma omp parallel
   {
-    std::vector<T> packed(columns * padded<T>(std::min(K, longest)));
+    std::vector<T> packed;
 #pragma omp for
-    for (int64_t n = 0; n < N; n += columns) {
-      const int64_t count = std::min(columns, N - n);
-      for (int64_t k = 0; k < K; k += longest) {
-        const int64_t depth = std::min(longest, K - k);
-        pack(b + k * along_k + n * along_n, along_k, along_n, depth, count, packed.data());
-        for (int64_t m = 0; m < M; m += kRows)
-          at::native::cpublas::brgemm(std::min(kRows, M - m), count, depth, K, count, N, add || k > 0,
-                                      a + m * K + k, packed.data(), out + m * N + n, Block<T>::pair == 2);
-      }
-    }
-    at::native::cpublas::brgemm_release(Block<T>::pair == 2);
+    for (int64_t n = 0; n < N; n += columns)
+      caught.attempt([&] {
+        packed.resize(columns * padded<T>(std::min(K, longest)));
+        const int64_t count = std::min(columns, N - n);
+        for (int64_t k = 0; k < K; k += longest) {
+          const int64_t depth = std::min(longest, K - k);
+          pack(b + k * along_k + n * along_n, along_k, along_n, depth, count, packed.data());
+          for (int64_t m = 0; m < M; m += kRows)
+            at::native::cpublas::brgemm(std::min(kRows, M - m), count, depth, K, count, N, add || k > 0,
+                                        a + m * K + k, packed.data(), out + m * N + n, Block<T>::pair == 2);
+        }
+      });
+    caught.attempt([] { at::native::cpublas::brgemm_release(Block<T>::pair == 2); });
   }
+  caught.rethrow();
 }
 
 // out += a' b for a tall a', given as a [K, M]: every block of a is turned once and meets all of b.
@@ -94,25 +119,30 @@ void tall(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* out) {
       pack(b + k * N + s * columns, N, int64_t(1), depth, count, strip);
       std::fill(strip + padded<T>(depth) * count, strip + even * count, T(0));
     }
+    Caught caught;
 #pragma omp parallel
     {
-      std::vector<T> turned(kRows * room);
+      std::vector<T> turned;
 #pragma omp for
-      for (int64_t m = 0; m < M; m += kRows) {
-        const int64_t rows = std::min(kRows, M - m);
-        for (int64_t k0 = 0; k0 < depth; k0 += square)
-          for (int64_t i = 0; i < rows; i++)
-            for (int64_t j = k0; j < std::min(k0 + square, depth); j++)
-              turned[i * even + j] = a[(k + j) * M + m + i];
-        for (int64_t i = 0; i < rows; i++) std::fill_n(turned.data() + i * even + depth, even - depth, T(0));
-        for (int64_t s = 0; s < strips; s++)
-          at::native::cpublas::brgemm(rows, std::min(columns, N - s * columns), even, even,
-                                      std::min(columns, N - s * columns), N, true, turned.data(),
-                                      packed.data() + s * columns * room, out + m * N + s * columns,
-                                      Block<T>::pair == 2);
-      }
-      at::native::cpublas::brgemm_release(Block<T>::pair == 2);
+      for (int64_t m = 0; m < M; m += kRows)
+        caught.attempt([&] {
+          turned.resize(kRows * room);
+          const int64_t rows = std::min(kRows, M - m);
+          for (int64_t k0 = 0; k0 < depth; k0 += square)
+            for (int64_t i = 0; i < rows; i++)
+              for (int64_t j = k0; j < std::min(k0 + square, depth); j++)
+                turned[i * even + j] = a[(k + j) * M + m + i];
+          for (int64_t i = 0; i < rows; i++) std::fill_n(turned.data() + i * even + depth, even - depth, T(0));
+          for (int64_t s = 0; s < strips; s++) {
+            const int64_t count = std::min(columns, N - s * columns);
+            at::native::cpublas::brgemm(rows, count, even, even, count, N, true, turned.data(),
+                                        packed.data() + s * columns * room, out + m * N + s * columns,
+                                        Block<T>::pair == 2);
+          }
+        });
+      caught.attempt([] { at::native::cpublas::brgemm_release(Block<T>::pair == 2); });
     }
+    caught.rethrow();
   }
 }
 
@@ -129,6 +159,28 @@ int supported() {
   }
 }
 
+thread_local std::string message;
+
+// 0; 1 where memory was refused; 2 for any other exception, with `message` set. None may reach C.
+template <class Work>
+int answer(Work work) noexcept {
+  try {
+    work();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  } catch (const std::exception& error) {
+    try {
+      message = error.what();
+    } catch (...) {
+      return 1;
+    }
+  } catch (...) {
+    message.clear();
+  }
+  return 2;
+}
+
 }  // namespace
 
 // All tensors contiguous; `half` says bfloat16, for which K is even in prift_wide.
@@ -136,19 +188,25 @@ extern "C" {
 
 int prift_supported(int half) { return half ? supported<at::BFloat16>() : supported<float>(); }
 
-void prift_wide(int half, int64_t M, int64_t N, int64_t K, const void* a, const void* b, int b_turned, int add,
-                float* out) {
-  if (half)
-    wide(M, N, K, static_cast<const at::BFloat16*>(a), static_cast<const at::BFloat16*>(b), b_turned, add, out);
-  else
-    wide(M, N, K, static_cast<const float*>(a), static_cast<const float*>(b), b_turned, add, out);
+const char* prift_message() { return message.c_str(); }
+
+int prift_wide(int half, int64_t M, int64_t N, int64_t K, const void* a, const void* b, int b_turned, int add,
+               float* out) {
+  return answer([&] {
+    if (half)
+      wide(M, N, K, static_cast<const at::BFloat16*>(a), static_cast<const at::BFloat16*>(b), b_turned, add, out);
+    else
+      wide(M, N, K, static_cast<const float*>(a), static_cast<const float*>(b), b_turned, add, out);
+  });
 }
 
-void prift_tall(int half, int64_t M, int64_t N, int64_t K, const void* a, const void* b, float* out) {
-  if (half)
-    tall(M, N, K, static_cast<const at::BFloat16*>(a), static_cast<const at::BFloat16*>(b), out);
-  else
-    tall(M, N, K, static_cast<const float*>(a), static_cast<const float*>(b), out);
+int prift_tall(int half, int64_t M, int64_t N, int64_t K, const void* a, const void* b, float* out) {
+  return answer([&] {
+    if (half)
+      tall(M, N, K, static_cast<const at::BFloat16*>(a), static_cast<const at::BFloat16*>(b), out);
+    else
+      tall(M, N, K, static_cast<const float*>(a), static_cast<const float*>(b), out);
+  });
 }
 
 }

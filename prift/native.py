@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
     sizes, pointer, flag = [ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int
     found.prift_wide.argtypes = [flag, *sizes, pointer, pointer, flag, flag, pointer]
     found.prift_tall.argtypes = [flag, *sizes, pointer, pointer, pointer]
-    found.prift_wide.restype = found.prift_tall.restype = None
+    found.prift_message.restype = ctypes.c_char_p
     return found
 
 
@@ -54,6 +54,13 @@ def supports(dtype: torch.dtype) -> bool:
     found = library()
     if found is None or not found.prift_supported(int(dtype == torch.bfloat16)):
         return False
+    try:
+        return _is_right(dtype)
+    except RuntimeError:  # what a processor lacks may show at some sizes only
+        return False
+
+
+def _is_right(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 1100, generator=generator).to(dtype) for n in (131, 101))
     given = torch.randn(131, 101, generator=generator)
@@ -69,7 +76,8 @@ def supports(dtype: torch.dtype) -> bool:
 def project(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
     """a @ b.T in float32 [M, N], in the contiguous `out_MN` where that is given.
 
-    Only for a dtype that `supports` names; bfloat16 wants an even K.
+    Only for a dtype that `supports` names; bfloat16 wants an even K. Raises RuntimeError for
+    another, and MemoryError, as the two below do.
     """
     if out_MN is None:
         out_MN = torch.empty(len(a_MK), len(b_NK))
@@ -89,7 +97,7 @@ def add_turned(out_MN: Tensor, a_KM: Tensor, b_KN: Tensor) -> Tensor:
     (K, M), N = a_KM.shape, b_KN.shape[1]
     half = int(a_KM.dtype == torch.bfloat16)
     pointers = a_KM.data_ptr(), b_KN.data_ptr(), out_MN.data_ptr()
-    library().prift_tall(half, M, N, K, *pointers)
+    _check(library().prift_tall(half, M, N, K, *pointers))
     return out_MN
 
 
@@ -98,7 +106,15 @@ def _wide(a_MK: Tensor, b: Tensor, out_MN: Tensor, *, turned: bool, add: bool) -
     (M, K), N = a_MK.shape, out_MN.shape[1]
     half = int(a_MK.dtype == torch.bfloat16)
     pointers = a_MK.data_ptr(), b.data_ptr(), int(turned), int(add), out_MN.data_ptr()
-    library().prift_wide(half, M, N, K, *pointers)
+    _check(library().prift_wide(half, M, N, K, *pointers))
+
+
+def _check(answer: int) -> None:
+    if answer == 1:
+        raise MemoryError("out of memory in a native product")
+    if answer:
+        message = library().prift_message().decode(errors="replace")
+        raise RuntimeError(f"native product: {message or 'unknown exception'}")
 
 
 def _built(cxx: str) -> Path:

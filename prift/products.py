@@ -5,6 +5,7 @@ CPU. Without it, slices of the projection are widened on a CPU; that is exact, a
 a slice and the slower float32 arithmetic. None of these products has a gradient of its own.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -44,7 +45,7 @@ def add_pull_back(out_NH: Tensor, grad_NV: Tensor, weight_VH: Tensor) -> None:
     grad_NV  in weight's dtype
     """
     if grad_NV.is_cuda and grad_NV.dtype != torch.float32:
-        out_NH += torch.mm(grad_NV, weight_VH, out_dtype=torch.float32)
+        add_wide(out_NH, grad_NV, weight_VH)
     elif _is_native(grad_NV, weight_VH.T):
         native.add_product(out_NH, grad_NV, weight_VH)
     else:
@@ -57,11 +58,31 @@ def add_turned(out_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
     grad_NV  in hidden's dtype
     """
     if grad_NV.is_cuda and grad_NV.dtype != torch.float32:
-        out_VH += torch.mm(grad_NV.T, hidden_NH, out_dtype=torch.float32)
+        add_wide(out_VH, grad_NV.T, hidden_NH)
     elif _is_native(grad_NV.T, hidden_NH.T, even=False):
         native.add_turned(out_VH, grad_NV, hidden_NH)
     else:
         out_VH.addmm_(grad_NV.T.float(), hidden_NH.float())
+
+
+def add_wide(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    """Adds a @ b, both of the same half precision and on CUDA, to float32 `out`: in place where
+    the device can, else through a second tensor of out's size."""
+    if _adds_in_place(out_MN.device, a_MK.dtype):
+        torch.addmm(out_MN, a_MK, b_KN, out_dtype=torch.float32, out=out_MN)
+    else:
+        out_MN += torch.mm(a_MK, b_KN, out_dtype=torch.float32)
+
+
+@functools.cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether addmm widens as mm does: it came later, and to newer devices."""
+    try:
+        out, a = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+        return device.type == "meta" or bool((out == 17).all())
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
 
 
 def _projects_natively(hidden_NH: Tensor, weight_VH: Tensor) -> bool:

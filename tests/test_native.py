@@ -66,6 +66,37 @@ def test_other_dtypes_are_not_taken():
     assert not native.supports(torch.float16) and not native.supports(torch.float64)
 
 
+REFUSED = """
+import torch
+from prift import native
+assert not native.supports(torch.bfloat16)
+a, b = torch.ones(400, 64).bfloat16(), torch.ones(64, 1000).bfloat16()
+products = (
+    lambda: native.project(a, b.T.contiguous()),
+    lambda: native.add_turned(torch.zeros(400, 1000), a.T.contiguous(), b),
+)
+for product in products:
+    try:
+        product()
+    except RuntimeError as error:
+        assert str(error).startswith("native product: ") and len(str(error)) > 30, error
+    else:
+        raise AssertionError("nothing was raised")
+torch.testing.assert_close(native.project(a.float(), b.T.float()), torch.full((400, 1000), 64.0))
+print("right")
+"""
+
+
+@pytest.mark.skipif(not BUILDS, reason="nothing is built without a C++ compiler on Linux")
+def test_what_a_processor_lacks_is_an_exception_and_no_crash():
+    """In threads too, out of which an exception would end the process."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == "right\n", done.stderr
+
+
 WITHOUT = """
 import torch
 from prift import native
