@@ -35,7 +35,8 @@ bench-scale: $(VENV)/.installed  ## 10,000 and 100,000 sequences: memory and tim
 # click, pytest and hypothesis.
 bench-gpu:  ## the tests of the CUDA paths, then stages 1 and 2 on random-weight 1.5B and 7B models
 	$(PYTHON) -m pytest -q -m 'not slow' tests/test_stats.py tests/test_fold.py \
-	  tests/test_packing.py tests/test_prompts.py tests/test_hf.py
+	  tests/test_packing.py tests/test_prompts.py tests/test_hf.py tests/test_products.py \
+	  tests/test_fused.py
 	$(PYTHON) -m benchmarks.gpu --json bench-gpu.json
 	$(PYTHON) -m benchmarks.gpu_train --json bench-gpu-train.json
 

@@ -9,6 +9,9 @@ those plain SFT needs at least: six per weight that a token meets, the body for 
 projection for label tokens, and causal attention; neither checkpoints' second forward nor rows
 that prift-mass leaves out are counted otherwise, so that utilisations compare like times.
 
+Where another package's kernel of the loss is installed, its time beside prift's own, or why it is
+not used, is said first (prift/fused.py); the steps are measured without.
+
 What does not fit in memory is said to, and left out. --device cpu --shapes tiny tries the code
 where there is no GPU.
 """
@@ -24,6 +27,8 @@ from torch import nn
 from benchmarks import steps
 from benchmarks.gpu import SHAPES, matrix_rate
 from benchmarks.measure import machine, table, write
+from prift.fused import choose
+from prift.heads import head_of
 
 ROWS = {"1.5B": 8, "7B": 4, "tiny": 2}
 LENGTH = {"1.5B": 1024, "7B": 1024, "tiny": 64}
@@ -74,6 +79,7 @@ def measure(shape: str, device: str, rounds: int, rate: float) -> list[dict]:
     model.gradient_checkpointing_enable()
     batch = steps.random_batch(vocabulary, ROWS[shape], LENGTH[shape], device)
     prior = steps.drawn_prior(batch["labels"])
+    choose(head_of(model), torch.device(device), torch.bfloat16, lambda line: print(shape, line))
     needed, found = flops(model, batch), []
     for variant in steps.VARIANTS:
         try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prift.errors import ModelError
 from prift.headcheck import check_head
 from prift.heads import Head, accepted, body_of, head_of
-from prift.loss import weighted_loss
+from prift.loss import Kernel, weighted_loss
 from prift.rules import Weigher
 from prift.stats import TokenStats
 
@@ -59,7 +59,7 @@ class Weighted:
         self.labels, self.prior, self.every_nll = labels, prior, every_nll
 
 
-def install(model: nn.Module, weigher: Weigher) -> None:
+def install(model: nn.Module, weigher: Weigher, kernel: Kernel | None = None) -> None:
     """Teaches a transformers causal LM `forward(..., weighted=Weighted(...))`.
 
     The answer is then a dict: loss (sum over label tokens), nll [N], weights [N], auxiliary
@@ -74,7 +74,7 @@ def install(model: nn.Module, weigher: Weigher) -> None:
         if weighted is None:
             return project(hidden)
         # Only here are the projection's weights whole where it is sharded by itself (FSDP2).
-        return _loss(hidden, head_of(model), weigher, weighted)
+        return _loss(hidden, head_of(model), weigher, weighted, kernel)
 
     def forward(*args: Any, weighted: Weighted | None = None, **inputs: Any) -> Any:
         if weighted is None:
@@ -105,7 +105,7 @@ def uninstall(model: nn.Module) -> None:
 
 @torch.compiler.disable  # it looks at values (which weights are zero) and keeps its own gradients
 def _loss(
-    hidden_BTH: Tensor, head: Head, weigher: Weigher, weighted: Weighted
+    hidden_BTH: Tensor, head: Head, weigher: Weigher, weighted: Weighted, kernel: Kernel | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, nll [N], weights [N]): a tuple, in which wrappers look for what has a gradient."""
     tokens = LabelTokens.of(weighted.labels)
@@ -118,6 +118,7 @@ def _loss(
         prior,
         sequence_N=tokens.row,
         every_nll=weighted.every_nll,
+        kernel=kernel,
     )
     return out.loss, out.nll, out.weights
 

@@ -8,7 +8,7 @@ tokens x vocabulary outlives its chunk: each chunk's gradients are taken while i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +39,30 @@ class LossOutput:
     weights: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Another package's linear cross-entropy, and where it was found right (fused.choose).
+
+    name    of the package
+    nll     (hidden [N, H], head, targets int64 [N]) -> float32 nll [N], differentiable in hidden,
+            the head's weight and its bias
+    device  type of the device
+    dtype   of hidden and weight
+    """
+
+    name: str
+    nll: Callable[[Tensor, Head, Tensor], Tensor]
+    device: str
+    dtype: torch.dtype
+
+    def takes(self, hidden_NH: Tensor, head: Head) -> bool:
+        """Whether these are what it was tried on; no row at all is not."""
+        dtypes = {hidden_NH.dtype, head.weight.dtype}
+        return (
+            len(hidden_NH) > 0 and hidden_NH.device.type == self.device and dtypes == {self.dtype}
+        )
+
+
 def weighted_loss(
     hidden_NH: Tensor,
     head: Head,
@@ -48,6 +72,7 @@ def weighted_loss(
     *,
     sequence_N: Tensor | None = None,
     every_nll: bool = False,
+    kernel: Kernel | None = None,
 ) -> LossOutput:
     """Weighted cross-entropy of N label tokens.
 
@@ -56,6 +81,7 @@ def weighted_loss(
     prior      statistics [N] of the same tokens, where the weigher's source is the prior
     sequence_N int64 [N]: which sequence each token belongs to, for rules of that scope
     every_nll  also compute `nll` of rows whose weight is zero, without gradient
+    kernel     what makes the nll and its gradient, where it takes these tensors
     """
     device = hidden_NH.device.type
     if torch.is_autocast_enabled(device):
@@ -70,25 +96,39 @@ def weighted_loss(
                 if weigher.rule.scope == "token"
                 else _weigh_all(hidden_NH.detach(), head, targets_N, weigher, sequence_N)
             )
-            return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights))
+            return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights, kernel))
         weights_N = weigher(prior or TokenStats(), sequence_N).to(hidden_NH.device)
         weights_N = weights_N.expand(len(targets_N))
         nll_N = torch.full_like(weights_N, torch.nan)
         rows = weights_N.nonzero()[:, 0]
         loss, nll_N[rows], _ = _cross_entropy(
-            hidden_NH[rows], head, targets_N[rows], weights_N[rows]
+            hidden_NH[rows], head, targets_N[rows], weights_N[rows], kernel
         )
         if every_nll:
             rest = (weights_N == 0).nonzero()[:, 0]
             ones = torch.ones_like(rest, dtype=torch.float32)
             with torch.no_grad():
-                nll_N[rest] = _cross_entropy(hidden_NH[rest], head, targets_N[rest], ones)[1]
+                nll_N[rest] = _cross_entropy(hidden_NH[rest], head, targets_N[rest], ones, kernel)[
+                    1
+                ]
         return LossOutput(loss, nll_N, weights_N)
 
 
 def _cross_entropy(
-    hidden_NH: Tensor, head: Head, targets_N: Tensor, weights: Tensor | Weigher
+    hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    weights: Tensor | Weigher,
+    kernel: Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, nll [N], weights [N])."""
+    if kernel is not None and kernel.takes(hidden_NH, head):
+        nll_N = kernel.nll(hidden_NH, head, targets_N)
+        if not isinstance(weights, Tensor):
+            with torch.no_grad():
+                stats = _online_stats(head, hidden_NH, targets_N, nll_N, weights)
+                weights = weights(stats).expand(len(nll_N))
+        return (nll_N * weights).sum(), nll_N.detach(), weights
     tensors = hidden_NH, head.weight, head.bias
     if not torch.is_grad_enabled():  # an autograd function is not told, and would make gradients
         tensors = [None if t is None else t.detach() for t in tensors]

@@ -15,6 +15,7 @@ import transformers
 from prift.dataset import collate
 from prift.errors import Interrupted, ModelError, OptionError
 from prift.forward import install, uninstall
+from prift.fused import kernel_for
 from prift.identity import quantization_of
 from prift.lora import base_of, with_lora
 from prift.memory import training_within
@@ -90,7 +91,7 @@ def train(
         model = with_lora(
             model, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target
         )
-    install(base_of(model), options.weigher)
+    install(base_of(model), options.weigher, kernel_for(base_of(model), training, say))
     signals = Signals(_ANSWER if is_rank_zero() else "")
     guard = StepGuard(options.weigher, lambda: signals.received)
     with writing(options.output), closing(data):

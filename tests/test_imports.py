@@ -53,7 +53,7 @@ LAYERS = {
     # the cache and the text, put together of their parts
     2: {"cache", "writer", "formats", "encode", "chat", "output", "watch", "arguments"},
     # examples, the loss, who runs the prior
-    3: {"loader", "examples", "dataspec", "loss", "forward", "backends"}
+    3: {"loader", "examples", "dataspec", "loss", "fused", "forward", "backends"}
     | {f"backends.{name}" for name in ("batches", "bodies", "prompts", "packing", "ways")}
     | {f"backends.{name}" for name in ("engine", "full", "hf")},
     # what the commands share
@@ -89,6 +89,7 @@ REACH = {
     "fold": PRODUCTS | {"heads", "stats"},
     "rules": {"errors", "stats"},
     "loss": NUMBERS,
+    "fused": NUMBERS | {"loss", "memory"},
     "forward": NUMBERS | {"loss"},
     "backends": NUMBERS | {"identity"},
     "backends.batches": set(),
