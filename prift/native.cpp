@@ -105,10 +105,20 @@ void wide(int64_t M, int64_t N, int64_t K, const T* a, const T* b, bool b_turned
   caught.rethrow();
 }
 
+// A block of a, [depth, rows] at a stride of M, as [rows, even] with zeros behind.
+template <class T>
+void turn(const T* a, int64_t M, int64_t rows, int64_t depth, int64_t even, T* turned) {
+  constexpr int64_t square = 32;
+  for (int64_t k = 0; k < depth; k += square)
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = k; j < std::min(k + square, depth); j++) turned[i * even + j] = a[j * M + i];
+  for (int64_t i = 0; i < rows; i++) std::fill_n(turned + i * even + depth, even - depth, T(0));
+}
+
 // out += a' b for a tall a', given as a [K, M]: every block of a is turned once and meets all of b.
 template <class T>
 void tall(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* out) {
-  constexpr int64_t columns = Block<T>::columns, longest = Block<T>::depth, square = 32;
+  constexpr int64_t columns = Block<T>::columns, longest = Block<T>::depth;
   const int64_t strips = (N + columns - 1) / columns, room = rounded(std::min(K, longest));
   std::vector<T> packed(strips * columns * room);
   for (int64_t k = 0; k < K; k += longest) {
@@ -128,11 +138,7 @@ void tall(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* out) {
         caught.attempt([&] {
           turned.resize(kRows * room);
           const int64_t rows = std::min(kRows, M - m);
-          for (int64_t k0 = 0; k0 < depth; k0 += square)
-            for (int64_t i = 0; i < rows; i++)
-              for (int64_t j = k0; j < std::min(k0 + square, depth); j++)
-                turned[i * even + j] = a[(k + j) * M + m + i];
-          for (int64_t i = 0; i < rows; i++) std::fill_n(turned.data() + i * even + depth, even - depth, T(0));
+          turn(a + k * M + m, M, rows, depth, even, turned.data());
           for (int64_t s = 0; s < strips; s++) {
             const int64_t count = std::min(columns, N - s * columns);
             at::native::cpublas::brgemm(rows, count, even, even, count, N, true, turned.data(),

@@ -13,6 +13,7 @@ from prift.heads import Head
 from prift.loss import Kernel, weighted_loss
 from prift.rules import weigher
 from prift.stats import token_stats
+from tests.lab import Lab
 from tests.test_loss import case, check, given_weights, naive
 
 CPU = torch.device("cpu")
@@ -177,6 +178,25 @@ def test_what_a_kernel_was_not_tried_on_is_prifts_own():
         hidden[:0].float(), Head(weight.float()), targets[:0], sft, None, kernel=kernel
     )
     assert float(none.loss.detach()) == 0
+
+
+@needs_torchs
+def test_a_run_with_a_kernel_is_the_run_without(tmp_path, monkeypatch):
+    calls, lab = [], Lab(tmp_path)
+
+    def counted(*inputs):
+        calls.append(1)
+        return torchs(*inputs)
+
+    lab.precompute()
+    lab.train("own", "prift-prob", "--max_steps 3")
+    monkeypatch.setattr("prift.train.kernel_for", lambda *_: replace(TORCHS, nll=counted))
+    lab.train("kernel", "prift-prob", "--max_steps 3")
+    own, other = (lab.history(name) for name in ("own", "kernel"))
+    assert len(calls) >= 3
+    for key in ("loss", "grad_norm", "nll"):
+        one, two = ([entry[key] for entry in log if key in entry] for log in (own, other))
+        assert len(one) >= 3 and one == pytest.approx(two, rel=1e-4), key
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are for a GPU")
