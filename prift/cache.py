@@ -18,6 +18,11 @@ import numpy as np
 from prift import parts, spans
 from prift.errors import CacheError, MissingPrior
 from prift.identity import PriorIdentity
+from prift.index import Index, PartIndex
+from prift.remote import open_root
+from prift.roots import IDENTITY, Root
+
+_LISTINGS = 5  # of the parts, while others compact them
 
 
 def sequence_key(input_ids: np.ndarray) -> bytes:
@@ -25,77 +30,59 @@ def sequence_key(input_ids: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(input_ids, "<i4")).digest()[:16]
 
 
-def list_priors(root: str | Path) -> dict[str, PriorIdentity]:
+def list_priors(root: str | Path | Root) -> dict[str, PriorIdentity]:
     """Every prior in the cache by its id. An absent root holds none. Raises CacheError."""
+    root = root if isinstance(root, Root) else open_root(root)
     found = {}
-    for file in sorted(Path(root).expanduser().glob("*/prior.json")):
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CacheError(f"{file} cannot be read: {error}") from error
-        found[file.parent.name] = identity = PriorIdentity.parse(text, str(file))
-        if identity.id != file.parent.name:
+    for prior in root.priors():
+        file = f"{root.where(prior)}/{IDENTITY}"
+        found[prior] = identity = PriorIdentity.parse(root.identity(prior), file)
+        if identity.id != prior:
             raise CacheError(f"{file} does not belong there: it describes prior {identity.id}")
     return found
 
 
 class PriorCache:
-    """Statistics of one prior, below `root`. Reading lists the parts once, at `open`.
+    """Statistics of one prior, below `root`: a path, a URL or a Root. Parts are listed once, at
+    `open`, and again by `refresh`.
 
     cache = PriorCache(root, identity)
     todo = cache.missing(keys, wanted_spans, ("logprob",))
     values = cache.read(keys, wanted_spans, ("logprob",))["logprob"]
 
-    Rows are numbered part after part, row group after row group. The hash of a part is checked
-    before its statistics are used for the first time. Raises CacheError for a part that is none.
+    The hash of a part is checked before its statistics are used for the first time. Raises
+    CacheError for a part that is none.
     """
 
-    def __init__(self, root: str | Path, identity: PriorIdentity):
+    def __init__(self, root: str | Path | Root, identity: PriorIdentity):
+        self.root = root if isinstance(root, Root) else open_root(root)
         self.identity = identity
-        self.folder = Path(root).expanduser() / identity.id
-        self.parts_folder = self.folder / "parts"
-        self._checked: set[Path] = set()
-        self._load_index()
+        self.folder = self.root.where(identity.id)
+        self._checked: set[str] = set()
+        self._paths: dict[str, Path] = {}
+        self._parts: dict[str, PartIndex] = {}
+        self._index = Index([])
+        self.refresh()
 
-    def _load_index(self) -> None:
-        """Keys and spans of all rows, and the order of rows by key. Of rows with equal keys the
-        first by part name comes first, but any in half precision after all others."""
-        paths = sorted(self.parts_folder.glob("[!.]*.parquet"))
-        found = [(path, *parts.part_columns(path)) for path in paths]
-        found.sort(key=lambda part: part[2])
-        self._paths = [path for path, _, _ in found]
-        self._columns = [set(names) for _, names, _ in found]
-        keys, flat, counts = [np.zeros(0, "S16")], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
-        self._groups: list[tuple[int, int]] = []  # part and number within it
-        group_rows: list[int] = []
-        for number, path in enumerate(self._paths):
-            columns = ["key", "length", "spans"]
-            for at, group in enumerate(parts.read_row_groups(path, columns, verify=True)):
-                values, sizes = group["spans"]
-                if not spans.all_valid(values, sizes, group["length"]):
-                    raise parts.damaged(path, "a row's spans are no runs within its sequence")
-                keys.append(group["key"])
-                flat.append(values)
-                counts.append(sizes)
-                self._groups.append((number, at))
-                group_rows.append(len(sizes))
-        self._spans, self._counts = np.concatenate(flat), np.concatenate(counts)
-        self._span_begins = np.cumsum(self._counts) - self._counts
-        runs = np.concatenate(
-            [[0], np.cumsum(self._spans[1::2].astype(np.int64) - self._spans[::2])]
-        )
-        begins = self._span_begins // 2
-        self._tokens = runs[begins + self._counts // 2] - runs[begins]
-        self._group_ends = np.cumsum(group_rows, dtype=np.int64)
-        owners = np.array([number for number, _ in self._groups], np.int32)
-        self._owner = np.repeat(owners, np.array(group_rows, np.int64))
-        self._halves = _halves(np.concatenate(keys))
-        self._order = np.argsort(self._halves[:, 0], kind="stable")
-        self._sorted = self._halves[self._order, 0]
+    def refresh(self) -> None:
+        """Lists the parts again: sees what others have written, and what they have compacted."""
+        for last in (*[False] * (_LISTINGS - 1), True):
+            listed = self.root.parts(self.identity.id)
+            if [part.name for part in listed] == sorted(self._parts):
+                return
+            try:
+                paths = {part.name: self.root.fetch(self.identity.id, part) for part in listed}
+                found = {n: self._parts.get(n) or PartIndex.read(p) for n, p in paths.items()}
+            except CacheError:
+                if last or listed == self.root.parts(self.identity.id):
+                    raise
+                continue  # a part was taken away between the listing and its reading
+            self._paths, self._parts, self._index = paths, found, Index(list(found.values()))
+            return
 
     def __len__(self) -> int:
         """Rows stored, duplicates included."""
-        return len(self._halves)
+        return len(self._index)
 
     def missing(
         self, keys: np.ndarray, wanted: Sequence[np.ndarray], names: Sequence[str]
@@ -106,7 +93,7 @@ class PriorCache:
         wanted  N arrays of spans: the positions asked for
         names   statistics asked for
         """
-        return np.flatnonzero(self._find(keys, *spans.flat(wanted), names) < 0).tolist()
+        return np.flatnonzero(self._index.find(keys, *spans.flat(wanted), names) < 0).tolist()
 
     def read(
         self, keys: np.ndarray, wanted: Sequence[np.ndarray], names: Sequence[str]
@@ -117,52 +104,36 @@ class PriorCache:
         where a part does not match the hash in its name or a row contradicts its own spans.
         """
         flat, counts = spans.flat(wanted)
-        rows = self._find(keys, flat, counts, names)
+        for last in (*[False] * (_LISTINGS - 1), True):
+            try:
+                return self._read(keys, flat, counts, names)
+            except CacheError:
+                if last or all(path.exists() for path in self._paths.values()):
+                    raise
+                self.refresh()  # a part is gone: compacted, if its rows are in others now
+                if (self._index.find(keys, flat, counts, names) < 0).any():
+                    raise
+        raise AssertionError
+
+    def _read(
+        self, keys: np.ndarray, flat: np.ndarray, counts: np.ndarray, names: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        index = self._index
+        rows = index.find(keys, flat, counts, names)
         if (rows < 0).any():
             raise MissingPrior(f"{int((rows < 0).sum())} sequences have no row")
-        copy = _Copy(self._cover(rows, flat, counts)[1], flat, counts)
+        copy = _Copy(index.cover(rows, flat, counts)[1], flat, counts)
         out = {n: np.empty(copy.total, parts.COLUMN_TYPES[n]) for n in names}
         chosen = np.argsort(rows, kind="stable")  # sequences in the order of the rows they need
-        group = np.searchsorted(self._group_ends, rows[chosen], "right")
+        group = np.searchsorted(index.group_ends, rows[chosen], "right")
         needed = np.unique(group).tolist()
-        for number, own in itertools.groupby(needed, key=lambda g: self._groups[g][0]):
-            self._read_part(self._paths[number], list(own), rows, chosen, group, copy, out)
+        for number, own in itertools.groupby(needed, key=lambda g: index.groups[g][0]):
+            self._read_part(index.names[number], list(own), rows, chosen, group, copy, out)
         return out
-
-    def _find(
-        self, keys: np.ndarray, flat: np.ndarray, counts: np.ndarray, names: Sequence[str]
-    ) -> np.ndarray:
-        """The row that serves each sequence, the first in the order of rows; -1 = none."""
-        holds = np.array([set(names) <= columns for columns in self._columns], bool)
-        halves = _halves(keys)
-        at = np.searchsorted(self._sorted, halves[:, 0])
-        begins = np.cumsum(counts) - counts
-        found = np.full(len(keys), -1, np.int64)
-        todo = np.arange(len(keys))
-        while True:  # once per row that some key has
-            todo = todo[at[todo] < len(self._sorted)]
-            todo = todo[self._sorted[at[todo]] == halves[todo, 0]]
-            if not len(todo):
-                return found
-            rows = self._order[at[todo]]
-            own = flat[spans.joined(begins[todo], counts[todo])]
-            serves = self._cover(rows, own, counts[todo])[0] & holds[self._owner[rows]]
-            serves &= self._halves[rows, 1] == halves[todo, 1]
-            found[todo[serves]] = rows[serves]
-            todo = todo[~serves]
-            at[todo] += 1
-
-    def _cover(
-        self, rows: np.ndarray, wanted: np.ndarray, wanted_counts: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`spans.cover` of these rows."""
-        counts = self._counts[rows]
-        stored = self._spans[spans.joined(self._span_begins[rows], counts)]
-        return spans.cover(stored, counts, wanted, wanted_counts)
 
     def _read_part(
         self,
-        path: Path,
+        name: str,
         needed: list[int],
         rows: np.ndarray,
         chosen: np.ndarray,
@@ -172,21 +143,22 @@ class PriorCache:
     ) -> None:
         """Fills in what these row groups of a part have: chosen = sequences in the order of their
         rows, group = each one's row group."""
-        if path not in self._checked:
+        index, path = self._index, self._paths[name]
+        if name not in self._checked:
             parts.check_hash(path)
-            self._checked.add(path)
-        within = [self._groups[g][1] for g in needed]
+            self._checked.add(name)
+        within = [index.groups[g][1] for g in needed]
         for g, values in zip(needed, parts.read_row_groups(path, list(out), within), strict=True):
-            first = self._group_ends[g - 1] if g else 0
-            tokens = self._tokens[first : self._group_ends[g]]
-            for name, (_, sizes) in values.items():
+            first = index.group_ends[g - 1] if g else 0
+            tokens = index.tokens[first : index.group_ends[g]]
+            for statistic, (_, sizes) in values.items():
                 if not np.array_equal(sizes, tokens):
-                    raise parts.damaged(path, f"a row's {name} contradict its spans")
+                    raise parts.damaged(path, f"a row's {statistic} contradict its spans")
             begins = np.cumsum(tokens) - tokens
             own = chosen[slice(*np.searchsorted(group, [g, g + 1]))]
             source, target = copy.indices(own, begins[rows[own] - first])
-            for name, (flat, _) in values.items():
-                out[name][target] = flat[source]
+            for statistic, (flat, _) in values.items():
+                out[statistic][target] = flat[source]
 
 
 class _Copy:
@@ -210,8 +182,3 @@ class _Copy:
         begins = np.repeat(begins, self._runs[sequences]) + self._offsets[runs]
         sizes = self._sizes[runs]
         return spans.joined(begins, sizes), spans.joined(self._targets[runs], sizes)
-
-
-def _halves(keys: np.ndarray) -> np.ndarray:
-    """uint64 [N, 2] of 'S16' keys: found several times faster than bytes are."""
-    return np.ascontiguousarray(keys, "S16").view(np.uint64).reshape(-1, 2)

@@ -1,14 +1,14 @@
 """Writes rows into a cache, part by part; needs no lock and never leaves half a part visible.
 
-A part is written beside its place under a hidden name, hashed while written, fsynced and renamed
-to <UTC time>-<hash>.parquet: it is complete because it exists. Encodings were measured: floats
+A part is written on this disk under a hidden name, hashed while written, fsynced and made visible
+as <UTC time>-<hash>.parquet: it is complete because it exists. Encodings were measured: floats
 byte-stream-split or plain, integers dictionary-coded, no statistics on lists; pyarrow's defaults
 take half as much again and write eight times slower.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from prift.errors import CacheError
 from prift.identity import PriorIdentity
 from prift.newfile import NewFile
 from prift.parts import COLUMN_TYPES, schema
+from prift.remote import open_root
+from prift.roots import Root
 
 _ROW_GROUP_TOKENS = 192 * 1024
 _MAX_PART_TOKENS = 1 << 22
@@ -30,30 +32,29 @@ _MAX_PART_TOKENS = 1 << 22
 class CacheWriter:
     """Adds rows to the cache of one prior; a context manager.
 
-    root, identity  the cache; its folders and prior.json are made where they are absent
+    root, identity  the cache (a path, a URL or a Root) and the prior; its folders and prior.json
+                    are made where they are absent
     provenance      what explains the numbers: strings for each part's metadata
     part_seconds    a part becomes visible after this long or four million tokens, so this is
                     how much work a kill may lose
 
     On leaving, by an exception too, the rows added so far are kept: each of them is whole.
-    Raises CacheError where the disk refuses.
+    Raises CacheError where the disk or the store refuses.
     """
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | Root,
         identity: PriorIdentity,
         provenance: dict[str, str],
         part_seconds: float = 60.0,
     ):
-        folder = Path(root).expanduser() / identity.id
-        self._folder = folder / "parts"
+        self._root = root if isinstance(root, Root) else open_root(root)
+        self._prior = identity.id
         self._provenance, self._seconds = provenance, part_seconds
         self._part: PartWriter | None = None
         with self._guard():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "prior.json").exists():
-                _write_whole(folder, "prior.json", identity.json().encode())
+            self._root.begin(self._prior, identity.json())
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -67,11 +68,15 @@ class CacheWriter:
             self.flush()
         with self._guard():
             if self._part is None:
-                self._part = PartWriter(self._folder, tuple(stats), self._provenance)
+                folder = self._root.parts_folder(self._prior)
+                self._part = PartWriter(folder, tuple(stats), self._provenance, self._publish)
             self._part.add(key, length, spans, stats)
         old = time.monotonic() - self._part.started > self._seconds
         if old or self._part.tokens >= _MAX_PART_TOKENS:
             self.flush()
+
+    def _publish(self, file: NewFile, name: str) -> Path:
+        return self._root.publish(self._prior, file, name)
 
     def flush(self) -> None:
         """Finishes the part being written, if there is one."""
@@ -91,8 +96,9 @@ class CacheWriter:
                 self._part.abandon()
                 self._part = None
             if isinstance(error, OSError):
+                where = self._root.where(self._prior)
                 raise CacheError(
-                    f"cannot write to the cache {self._folder}: {error.strerror or error}. "
+                    f"cannot write to the cache {where}: {error.strerror or error}. "
                     "Finished parts are kept; once there is room and permission, run the same "
                     "command again."
                 ) from error
@@ -102,17 +108,25 @@ class CacheWriter:
 class PartWriter:
     """Writes one part. `add` rows, then `finish`; without `finish` nothing becomes visible.
 
-    folder     the cache's parts/, which exists
+    folder     where it is begun, which exists: the cache's parts/, or that of its copies
     names      statistics of every row
     metadata   provenance: strings for the Parquet key-value metadata
+    publish    (file, name) -> path: makes it visible
 
     broken     a write was begun and not ended: nothing but `abandon` is left to do
     """
 
-    def __init__(self, folder: Path, names: tuple[str, ...], metadata: dict[str, str]):
+    def __init__(
+        self,
+        folder: Path,
+        names: tuple[str, ...],
+        metadata: dict[str, str],
+        publish: Callable[[NewFile, str], Path] = NewFile.publish,
+    ):
         self.names, self.broken, self.tokens = names, False, 0
         self.started = time.monotonic()
         self._schema = schema(names).with_metadata(metadata)
+        self._publish = publish
         self._file = NewFile(folder)
         try:
             self._writer = self._open()
@@ -157,7 +171,7 @@ class PartWriter:
         self.broken = True
         self._writer.close()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        path = self._file.publish(f"{stamp}-{self._file.sha256()[:32]}.parquet")
+        path = self._publish(self._file, f"{stamp}-{self._file.sha256()[:32]}.parquet")
         self.broken = False
         return path
 
@@ -188,13 +202,3 @@ def _list_array(counts: list[int], values: np.ndarray) -> pa.Array:
     offsets = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=offsets[1:])
     return pa.ListArray.from_arrays(offsets, pa.array(values))
-
-
-def _write_whole(folder: Path, name: str, data: bytes) -> None:
-    file = NewFile(folder)
-    try:
-        file.write(data)
-        file.publish(name)
-    except BaseException:
-        file.abandon()
-        raise

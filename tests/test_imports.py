@@ -29,6 +29,7 @@ LAYERS = {
         "spans",
         "report",
         "newfile",
+        "roots",
         "mapped",
         "memory",
         "signals",
@@ -39,9 +40,12 @@ LAYERS = {
         "heads",
         "identity",
         "parts",
+        "remote",
         "models",
         "placement",
         "headcheck",
+        "packing",
+        "packcheck",
         "fold",
         "chunk",
         "lora",
@@ -51,7 +55,7 @@ LAYERS = {
         "rules",
     },
     # the cache and the text, put together of their parts
-    2: {"cache", "writer", "formats", "encode", "chat", "output", "watch", "arguments"},
+    2: {"index", "cache", "writer", "formats", "encode", "chat", "output", "watch", "arguments"},
     # examples, the loss, who runs the prior
     3: {"loader", "examples", "dataspec", "loss", "fused", "forward", "backends"}
     | {f"backends.{name}" for name in ("batches", "bodies", "prompts", "packing", "ways")}
@@ -76,6 +80,7 @@ def source_of(folder: str) -> dict[str, Path]:
 PRODUCTS = {"errors", "home", "native", "products"}
 NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "rules"}
 CACHE = {"errors", "home", "identity", "spans", "parts", "newfile", "cache", "writer"}
+CACHE |= {"roots", "remote", "index"}
 TEXT = {"errors", "progress", "report", "messages", "rows", "tokenizers", "formats", "encode"}
 TEXT |= {"chat", "loader", "examples"}
 REACH = {
@@ -90,18 +95,26 @@ REACH = {
     "rules": {"errors", "stats"},
     "loss": NUMBERS,
     "fused": NUMBERS | {"loss", "memory"},
-    "forward": NUMBERS | {"loss"},
+    "packing": PRODUCTS | {"heads"},
+    "packcheck": PRODUCTS | {"heads", "headcheck", "memory", "packing"},
+    "forward": NUMBERS | {"loss", "packing"},
     "backends": NUMBERS | {"identity"},
     "backends.batches": set(),
     "memory": {"errors"},
     "signals": set(),
     "order": set(),
     **{
-        f"backends.{n}": NUMBERS | {"backends", "backends.batches", "backends.bodies", "models"}
-        for n in ("bodies", "prompts", "engine", "full")
+        f"backends.{n}": NUMBERS
+        | {f"backends{m}" for m in ("", ".batches", ".bodies")}
+        | {"models"}
+        for n in ("bodies", "engine", "full")
     },
-    "backends.packing": NUMBERS
-    | {"models", *(f"backends{n}" for n in ("", ".batches", ".bodies", ".prompts"))},
+    **{
+        f"backends.{n}": NUMBERS
+        | {f"backends{m}" for m in ("", ".batches", ".bodies")}
+        | {"models", "packing"}
+        for n in ("prompts", "packing")
+    },
     "models": {"errors"},
     "placement": {"errors", "models"},
 }
