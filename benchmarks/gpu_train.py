@@ -12,6 +12,9 @@ that prift-mass leaves out are counted otherwise, so that utilisations compare l
 Where another package's kernel of the loss is installed, its time beside prift's own, or why it is
 not used, is said first (prift/fused.py); the steps are measured without.
 
+`prift-mass packed` runs the same rows end to end (--packing): what the other attention costs, where
+no padding is saved.
+
 What does not fit in memory is said to, and left out. --device cpu --shapes tiny tries the code
 where there is no GPU.
 """
@@ -19,7 +22,9 @@ where there is no GPU.
 import argparse
 import gc
 import time
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 import transformers as tf
 from torch import nn
@@ -29,7 +34,9 @@ from benchmarks.gpu import SHAPES, matrix_rate
 from benchmarks.measure import machine, table, write
 from prift.fused import choose
 from prift.heads import head_of
+from prift.packing import laid_end_to_end, varlen_attention
 
+VARIANTS = (*steps.VARIANTS, "prift-mass packed")
 ROWS = {"1.5B": 8, "7B": 4, "tiny": 2}
 LENGTH = {"1.5B": 1024, "7B": 1024, "tiny": 64}
 
@@ -48,25 +55,42 @@ def flops(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
     return 6.0 * (body * rows * length + head.numel() * labels + 2 * width * pairs)
 
 
+def end_to_end(batch: dict, prior: dict) -> tuple[dict, dict]:
+    """The same rows as one packed row [1, T]: no row begins with a label token."""
+    rows, length = batch["input_ids"].shape
+    ends, places = laid_end_to_end(np.full(rows, length))
+    flat, flat_prior = ({n: v.view(1, -1) for n, v in of.items()} for of in (batch, prior))
+    device = batch["labels"].device
+    flat["position_ids"] = torch.from_numpy(places)[None].to(device)
+    return {
+        **flat,
+        "cu_seq_lens_q": torch.from_numpy(ends).to(device),
+        "max_length_q": length,
+    }, flat_prior
+
+
 def measured(
     variant: str, model: nn.Module, batch: dict, prior: dict, rounds: int
 ) -> tuple[float, float]:
     """(wall seconds, peak MiB above the model) of the variant, after one uncounted step."""
     cuda = batch["labels"].is_cuda
     before = torch.cuda.memory_allocated() if cuda else 0
-    loss = steps.step(variant, model, batch, prior)
+    packed = variant.endswith(" packed")
+    batch, prior = end_to_end(batch, prior) if packed else (batch, prior)
     best = float("inf")
-    for number in range(rounds + 1):
-        if cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        steps.train_once(loss, model)
-        if cuda:
-            torch.cuda.synchronize()
-        if number:
-            best = min(best, time.perf_counter() - begin)
-        elif cuda:
-            torch.cuda.reset_peak_memory_stats()  # what was compiled at first is not counted
+    with varlen_attention(model) if packed else nullcontext():
+        loss = steps.step(variant.removesuffix(" packed"), model, batch, prior)
+        for number in range(rounds + 1):
+            if cuda:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            steps.train_once(loss, model)
+            if cuda:
+                torch.cuda.synchronize()
+            if number:
+                best = min(best, time.perf_counter() - begin)
+            elif cuda:
+                torch.cuda.reset_peak_memory_stats()  # what was compiled at first is not counted
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else float("nan")
     return best, peak
 
@@ -81,7 +105,7 @@ def measure(shape: str, device: str, rounds: int, rate: float) -> list[dict]:
     prior = steps.drawn_prior(batch["labels"])
     choose(head_of(model), torch.device(device), torch.bfloat16, lambda line: print(shape, line))
     needed, found = flops(model, batch), []
-    for variant in steps.VARIANTS:
+    for variant in VARIANTS:
         try:
             seconds, mib = measured(variant, model, batch, prior, rounds)
         except torch.cuda.OutOfMemoryError:

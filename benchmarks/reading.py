@@ -17,7 +17,7 @@ import torch
 from benchmarks.measure import interleaved, machine, resident, table, write
 from prift.dataset import PriorDataset, collate
 from prift.examples import Examples, TextOptions, load_examples
-from prift.forward import Weighted, install
+from prift.forward import LabelTokens, Weighted, install
 from prift.mapped import mapped_arrays
 from prift.models import attention_for, load_config, load_model
 from prift.rules import weigher
@@ -54,7 +54,7 @@ class Step:
 
     def __call__(self) -> None:
         batch = dict(self._batch)
-        weighted = Weighted(batch.pop("labels"), batch.pop("prior"))
+        weighted = Weighted(LabelTokens(**batch.pop("tokens")), batch.pop("prior"))
         tokens = batch.pop("num_labels")
         del batch["index"]
         (self._model(**batch, weighted=weighted)["loss"] / tokens).backward()

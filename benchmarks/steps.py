@@ -101,7 +101,7 @@ def step(
     method = weigher(*METHODS[variant], {})
     install(model, method)
     needed = {name: prior[name] for name in method.rule.needs} if method.source == "prior" else {}
-    weighted = Weighted(labels, needed)
+    weighted = Weighted.of(labels, needed)
     inputs = {n: v for n, v in batch.items() if n != "labels"}
     return lambda: model(**inputs, weighted=weighted)["loss"] / count
 

@@ -86,6 +86,11 @@ class TrainCommand(Command):
     help="Modules to adapt, comma-separated.",
 )
 @click.option("--merge", is_flag=True, help="Write a whole model with the adapter merged in.")
+@click.option(
+    "--packing",
+    is_flag=True,
+    help="Lay a batch's examples end to end, without padding; they never see each other.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
 @click.option(
     "--skip-check",

@@ -63,7 +63,7 @@ def training_arguments(
         arguments = TrainingArguments(output_dir=output, remove_unused_columns=False, **values)
     except (ValueError, TypeError, ImportError) as error:
         raise OptionError(f"training arguments: {error}") from error
-    if arguments.use_cpu and (arguments.fsdp or _is_set("ACCELERATE_USE_FSDP")):
+    if arguments.use_cpu and (arguments.fsdp or is_set("ACCELERATE_USE_FSDP")):
         raise OptionError(
             "fsdp is refused on a CPU: accelerate would make plain data parallel of it, and say "
             "nothing. Leave it out."
@@ -77,9 +77,9 @@ def _field(flag: str) -> str:
 
 def _check_environment() -> None:
     """Raises OptionError where accelerate's launcher asks for what is refused by name as a flag."""
-    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+    if is_set("ACCELERATE_USE_MEGATRON_LM"):
         raise OptionError("ACCELERATE_USE_MEGATRON_LM is set; prift does not train with Megatron.")
-    if not _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return
     for kind, name in [("TP", "tensor"), ("CP", "context"), ("SP", "sequence")]:
         variable = f"PARALLELISM_CONFIG_{kind}_SIZE"
@@ -90,7 +90,8 @@ def _check_environment() -> None:
             )
 
 
-def _is_set(variable: str) -> bool:
+def is_set(variable: str) -> bool:
+    """Whether an environment variable of accelerate's launcher says yes."""
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 

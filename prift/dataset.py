@@ -1,4 +1,4 @@
-"""Examples with the prior's statistics beside them, as torch datasets and padded batches.
+"""Examples with the prior's statistics beside them, as torch datasets and batches.
 
 Where weights are known beforehand, what no gradient comes from is not run: a sequence ends at the
 position that predicts its last token of nonzero weight, and one without such a token is left out.
@@ -13,6 +13,7 @@ import torch
 
 from prift.examples import Examples
 from prift.mapped import MappedArrays
+from prift.packing import laid_end_to_end
 from prift.rules import Weigher
 from prift.stats import TokenStats
 
@@ -90,10 +91,15 @@ class PriorDataset(torch.utils.data.Dataset):
         return np.maximum(last + 1 - begins, 0)
 
 
-def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Pads on the right. int64 [B, T]: input_ids, attention_mask, position_ids; [B, T or T + 1]:
-    labels, and 'prior', each statistic at its token's place, zero elsewhere. num_labels, of all
-    items, and index: of each row, and behind them of the items that are not run.
+def collate(items: Sequence[Mapping[str, Any]], packed: bool = False) -> dict[str, Any]:
+    """A batch: what the model's forward takes, its label tokens, and what was counted.
+
+    input_ids, attention_mask, position_ids  int64 [B, T], padded on the right; packed: [1, T], the
+                   sequences end to end, with where they end, as transformers names it:
+                   cu_seq_lens_q (int32 [B + 1]) and max_length_q
+    tokens, prior  fields of `forward.LabelTokens` and statistics by name, of N label tokens
+    num_labels     of all items
+    index          of each sequence, and behind them of the items that are not run
 
     Where there is nothing to run, one token is, without a label: every process takes every step.
     """
@@ -101,27 +107,32 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     run = [item for item in items if len(item["input_ids"])]
     run = run or [{**items[0], "input_ids": np.zeros(1, np.int32)}]
     sizes = np.array([len(item["input_ids"]) for item in run])
-    rows = np.repeat(np.arange(len(run)), [len(item["places"]) for item in run])
-    columns = np.concatenate([item["places"] for item in run])
-    shape = len(run), int(sizes.max())
-    wider = len(run), max(shape[1], int(columns.max(initial=0)) + 1)
-
-    positions = np.tile(np.arange(shape[1]), (shape[0], 1))
-    mask = positions < sizes[:, None]
-    ids = np.zeros(shape, np.int64)
-    ids[mask] = np.concatenate([item["input_ids"] for item in run])
-    labels = np.full(wider, -100, np.int64)
-    labels[rows, columns] = np.concatenate([item["targets"] for item in run])
-    prior = {}
-    for name in run[0]["prior"]:
-        values = np.concatenate([item["prior"][name] for item in run])
-        prior[name] = np.zeros(wider, values.dtype)
-        prior[name][rows, columns] = values
+    joined = np.concatenate([item["input_ids"] for item in run]).astype(np.int64)
+    if packed:
+        ends, places = laid_end_to_end(sizes)
+        begins, mask = ends[:-1], np.ones((1, len(places)), np.int64)
+        ids, positions = joined[None], places[None]
+        more = {"cu_seq_lens_q": torch.from_numpy(ends), "max_length_q": int(sizes.max())}
+    else:
+        longest = int(sizes.max())
+        begins, more = np.arange(len(run)) * longest, {}
+        positions = np.tile(np.arange(longest), (len(run), 1))
+        mask = (positions < sizes[:, None]).astype(np.int64)
+        ids = np.zeros_like(positions)
+        ids[mask == 1] = joined
+    sequence = np.repeat(np.arange(len(run)), [len(item["places"]) for item in run])
+    tokens = {
+        "place": begins[sequence] + np.concatenate([item["places"] for item in run]) - 1,
+        "target": np.concatenate([item["targets"] for item in run]).astype(np.int64),
+        "sequence": sequence,
+    }
+    prior = {n: np.concatenate([item["prior"][n] for item in run]) for n in run[0]["prior"]}
     return {
         "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        "attention_mask": torch.from_numpy(mask),
         "position_ids": torch.from_numpy(positions),
-        "labels": torch.from_numpy(labels),
+        **more,
+        "tokens": {name: torch.from_numpy(array) for name, array in tokens.items()},
         "prior": {name: torch.from_numpy(array) for name, array in prior.items()},
         "num_labels": sum(item["num_labels"] for item in items),
         "index": [item["index"] for item in items],

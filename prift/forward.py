@@ -15,55 +15,56 @@ from prift.errors import ModelError
 from prift.headcheck import check_head
 from prift.heads import Head, accepted, body_of, head_of
 from prift.loss import Kernel, weighted_loss
+from prift.packing import body_arguments
 from prift.rules import Weigher
 from prift.stats import TokenStats
 
 
 @dataclass(frozen=True, slots=True)
 class LabelTokens:
-    """The label tokens of a padded batch [B, T], found once: entry n is predicted at
-    (row[n], column[n]) and stands at column[n] + 1.
+    """The label tokens of a batch of input ids [B, T], padded or packed.
 
-    row, column, target  int64 [N]
+    place     int64 [N]: where each is predicted, row * T + column
+    target    int64 [N]: the tokens
+    sequence  int64 [N]: which of the batch's sequences each belongs to
     """
 
-    row: Tensor
-    column: Tensor
+    place: Tensor
     target: Tensor
-
-    @staticmethod
-    def of(labels_BT: Tensor) -> "LabelTokens":
-        """Tokens whose label is not -100. The one place where labels are shifted."""
-        row, column = (labels_BT[:, 1:] != -100).nonzero(as_tuple=True)
-        return LabelTokens(row, column, labels_BT[row, column + 1])
-
-    def pick(self, values_BT: Tensor) -> Tensor:
-        """Entries [N] of a per-token tensor, each at its own token's place."""
-        return values_BT[self.row, self.column + 1]
+    sequence: Tensor
 
 
 class Weighted:
-    """What the loss needs to know of a padded batch.
+    """What the loss needs to know of a batch.
 
-    labels     int64 [B, T], -100 where there is no label
-    prior      the prior's statistics [B, T] by name; may be empty
+    tokens     its label tokens, N of them
+    prior      the prior's statistics [N] by name; may be empty
     every_nll  also compute the nll of tokens whose weight is zero
 
     Neither mapping nor dataclass, since wrappers look into those: FSDP2's mixed precision would
     round the statistics to bfloat16, and with them the weights.
     """
 
-    __slots__ = ("every_nll", "labels", "prior")
+    __slots__ = ("every_nll", "prior", "tokens")
 
-    def __init__(self, labels: Tensor, prior: dict[str, Tensor], every_nll: bool = False):
-        self.labels, self.prior, self.every_nll = labels, prior, every_nll
+    def __init__(self, tokens: LabelTokens, prior: dict[str, Tensor], every_nll: bool = False):
+        self.tokens, self.prior, self.every_nll = tokens, prior, every_nll
+
+    @staticmethod
+    def of(labels_BT: Tensor, prior_BT: dict[str, Tensor]) -> "Weighted":
+        """Of a padded batch's labels as transformers has them, each at its token's own place and
+        -100 where there is none, and of statistics at the same places."""
+        row, column = (labels_BT[:, 1:] != -100).nonzero(as_tuple=True)
+        tokens = LabelTokens(row * labels_BT.shape[1] + column, labels_BT[row, column + 1], row)
+        return Weighted(tokens, {n: values[row, column + 1] for n, values in prior_BT.items()})
 
 
 def install(model: nn.Module, weigher: Weigher, kernel: Kernel | None = None) -> None:
     """Teaches a transformers causal LM `forward(..., weighted=Weighted(...))`.
 
     The answer is then a dict: loss (sum over label tokens), nll [N], weights [N], auxiliary
-    (scalar). Raises ModelError where the model's head is not understood.
+    (scalar). A packed batch says where its sequences end (cu_seq_lens_q, max_length_q), and is run
+    within `packing.varlen_attention`. Raises ModelError where the model's head is not understood.
     """
     check_head(model, head_of(model))
     _check_router(model)
@@ -84,6 +85,8 @@ def install(model: nn.Module, weigher: Weigher, kernel: Kernel | None = None) ->
         mask_BT = inputs.pop("attention_mask", None)
         optional = {"position_ids": inputs.pop("position_ids", None), "use_cache": False}
         inputs |= accepted(body, optional) | _router_arguments(model)  # state spaces take neither
+        if "cu_seq_lens_q" in inputs:
+            inputs |= body_arguments(inputs["cu_seq_lens_q"], inputs["max_length_q"])
         answer = body(*args, **inputs)
         loss, nll_N, weights_N = projection(answer.last_hidden_state, weighted=weighted)
         return {
@@ -108,15 +111,14 @@ def _loss(
     hidden_BTH: Tensor, head: Head, weigher: Weigher, weighted: Weighted, kernel: Kernel | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, nll [N], weights [N]): a tuple, in which wrappers look for what has a gradient."""
-    tokens = LabelTokens.of(weighted.labels)
-    prior = TokenStats(**{n: tokens.pick(v) for n, v in weighted.prior.items()})
+    tokens = weighted.tokens
     out = weighted_loss(
-        hidden_BTH[tokens.row, tokens.column].to(head.weight.dtype),
+        hidden_BTH.flatten(0, 1)[tokens.place].to(head.weight.dtype),
         head,
         tokens.target,
         weigher,
-        prior,
-        sequence_N=tokens.row,
+        TokenStats(**weighted.prior),
+        sequence_N=tokens.sequence,
         every_nll=weighted.every_nll,
         kernel=kernel,
     )

@@ -17,6 +17,7 @@ from prift.ranks import is_rank_zero
 
 OPTIONS_FILE = "prift.yaml"
 _MAY_CHANGE = {"training", "output", "cache", "full_metrics_steps", "merge", "skip_check"}
+_MAY_CHANGE |= {"packing"}
 
 
 def checkpoint_of(output: Path, resume: bool) -> str | None:

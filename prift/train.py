@@ -5,13 +5,16 @@ What the prior thought comes from the cache alone: this module may not import pr
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
+from prift.arguments import is_set
 from prift.dataset import collate
 from prift.errors import Interrupted, ModelError, OptionError
 from prift.forward import install, uninstall
@@ -34,13 +37,16 @@ from prift.output import (
     write_options,
     writing,
 )
-from prift.ranks import from_rank_zero, is_rank_zero
+from prift.packcheck import check_packing
+from prift.packing import kernel_refusal, varlen_attention
+from prift.ranks import from_each_rank, from_rank_zero, is_rank_zero
 from prift.signals import Signals
 from prift.stepcheck import check_start
 from prift.trainer import PriftTrainer
 from prift.training_data import TrainOptions, load_data
 from prift.watch import StepGuard
 
+_WRAPPERS = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # as accelerate's launcher asks
 _ANSWER = "a checkpoint is saved after this step; Ctrl-C ends at once"
 
 
@@ -78,12 +84,15 @@ def train(
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
     _check_numbers(folder, config)
+    dtype = checkpoint_dtype(folder, config) if options.dtype == "auto" else options.dtype
+    if options.packing:
+        _check_kernel(training, dtype)
     data = load_data(options, folder, config, say)
     transformers.set_seed(training.seed)  # an adapter's first values are drawn before Trainer seeds
     model = load_model(
         folder,
         config,
-        dtype=checkpoint_dtype(folder, config) if options.dtype == "auto" else options.dtype,
+        dtype=dtype,
         attention=attention_for(config, options.attention),
         trust_remote_code=options.trust_remote_code,
     )
@@ -98,7 +107,7 @@ def train(
         trainer = PriftTrainer(
             model=model,
             args=training,
-            data_collator=collate,
+            data_collator=partial(collate, packed=options.packing),
             train_dataset=data.training,
             eval_dataset=data.evaluation,
             processing_class=data.tokenizer,
@@ -107,8 +116,12 @@ def train(
             skips_rows=options.weigher.source == "prior",
         )
         check_start(model, data.training, data.prior, options, folder, say)
+        if options.packing:
+            with trainer.accelerator.autocast():
+                from_each_rank(lambda: check_packing(base_of(model)))
         write_options(options.output, resolved or {})
-        with signals, training_within(*_sizes(options, training), options.output):
+        packing = varlen_attention(model) if options.packing else nullcontext()
+        with packing, signals, training_within(*_sizes(options, training), options.output):
             result = trainer.train(resume_from_checkpoint=checkpoint)
             if guard.ended_by:
                 raise _interrupted(guard.ended_by, options.output)
@@ -152,6 +165,24 @@ def _check_numbers(folder: Path, config: Any) -> None:
             f"{folder} is quantised (quantization_config in its config.json), and prift does not "
             "train quantised models, nor adapters over them (QLoRA). Take the model as it was "
             "before; `--lora-r 16 --dtype bfloat16` trains an adapter in two bytes a parameter."
+        )
+
+
+def _check_kernel(training: Any, dtype: str) -> None:
+    """Refuses --packing where torch has no variable-length attention for it."""
+    if training.fsdp or training.deepspeed or any(map(is_set, _WRAPPERS)):
+        raise OptionError(
+            "--packing was never tried with --fsdp and --deepspeed, which put the model on its "
+            "device too late to try it. Leave one of them out."
+        )
+    half = "bfloat16" if training.bf16 else "float16" if training.fp16 else dtype
+    reason = kernel_refusal(training.device, getattr(torch, half))
+    if reason is not None:
+        raise OptionError(
+            f"--packing needs torch's variable-length attention, which does not run in {half} on "
+            f"this {training.device.type} device ({reason}). It wants a CUDA device and half "
+            "precision: `-- --bf16` for mixed precision, or `--dtype bfloat16`. Or leave --packing "
+            "out: batches are then padded, and grouped by length so that little is lost."
         )
 
 

@@ -14,7 +14,6 @@ import transformers
 from torch import Tensor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from prift.dataset import collate
 from prift.forward import LabelTokens, Weighted
 from prift.order import OrderOfEpoch
 from prift.watch import LastStepLogged, StepGuard
@@ -50,6 +49,7 @@ class PriftTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = True  # count label tokens over the whole optimiser step
         self._full_every = full_metrics_steps or int(self.args.logging_steps) or 1
         self._skips_rows = skips_rows
+        self._collate = self.data_collator
         self._measured_step = -1
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         self._guard = guard
@@ -93,18 +93,18 @@ class PriftTrainer(transformers.Trainer):
         every_nll = not self._skips_rows or self._wants_full_metrics()
         if every_nll and self._skips_rows:
             whole = [self.train_dataset.whole(index) for index in inputs["index"]]
-            inputs = self._prepare_inputs(collate(whole))
-        index, where = inputs["index"], self.train_dataset.examples.where
-        labels, prior, num_labels = _taken(inputs)
-        tokens = LabelTokens.of(labels)
-        out = model(**inputs, weighted=Weighted(labels, prior, every_nll))
-        self._guard.see(
-            out["loss"] + out["auxiliary"],
-            out["weights"],
-            lambda n: f"token {int(tokens.column[n]) + 1} of {where(index[tokens.row[n]])}",
-        )
-        sums = _per_token(out["nll"], out["weights"], _logprob(tokens, prior), every_nll).sum(0)
-        sums += (num_labels - len(tokens.row)) * sums.new_tensor(_OF_A_CUT_TOKEN)
+            inputs = self._prepare_inputs(self._collate(whole))
+        weighted, num_labels, index = _taken(inputs, every_nll)
+        tokens, columns = weighted.tokens, inputs["position_ids"].flatten()
+        out = model(**inputs, weighted=weighted)
+
+        def name(n: int) -> str:
+            where = self.train_dataset.examples.where(index[tokens.sequence[n]])
+            return f"token {int(columns[tokens.place[n]]) + 1} of {where}"
+
+        self._guard.see(out["loss"] + out["auxiliary"], out["weights"], name)
+        sums = _per_token(out, weighted).sum(0)
+        sums += (num_labels - len(tokens.place)) * sums.new_tensor(_OF_A_CUT_TOKEN)
         self._sums = self._sums.to(sums.device) + sums
         share = num_labels / num_items_in_batch
         loss = out["loss"] / num_items_in_batch + out["auxiliary"] * share
@@ -145,34 +145,32 @@ class PriftTrainer(transformers.Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """Sums per example [B, len(_SUMS)] in the place of logits: exact over any batch or rank."""
         inputs = self._prepare_inputs(inputs)
-        labels, prior, _ = _taken(inputs)
-        tokens = LabelTokens.of(labels)
+        weighted, _, index = _taken(inputs, every_nll=True)
         with torch.no_grad(), self.compute_loss_context_manager():
-            out = model(**inputs, weighted=Weighted(labels, prior, every_nll=True))
-        each = _per_token(out["nll"], out["weights"], _logprob(tokens, prior), True)
-        sums = each.new_zeros(len(labels), len(_SUMS)).index_add_(0, tokens.row, each)
-        return None, sums, torch.zeros(len(labels), device=sums.device)
+            out = model(**inputs, weighted=weighted)
+        each = _per_token(out, weighted)
+        sums = each.new_zeros(len(index), len(_SUMS))
+        sums.index_add_(0, weighted.tokens.sequence, each)
+        return None, sums, torch.zeros(len(index), device=sums.device)
 
 
-def _taken(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], int]:
-    """(labels, prior, num_labels) of a batch, which keeps what the model's forward takes."""
-    del batch["index"]
-    return batch.pop("labels"), batch.pop("prior"), batch.pop("num_labels")
+def _taken(batch: dict[str, Any], every_nll: bool) -> tuple[Weighted, int, list[int]]:
+    """(weighted, num_labels, index) of a batch, which keeps what the model's forward takes."""
+    weighted = Weighted(LabelTokens(**batch.pop("tokens")), batch.pop("prior"), every_nll)
+    return weighted, batch.pop("num_labels"), batch.pop("index")
 
 
-def _logprob(tokens: LabelTokens, prior: dict[str, Tensor]) -> Tensor | None:
-    return tokens.pick(prior["logprob"]) if "logprob" in prior else None
-
-
-def _per_token(nll_N: Tensor, weights_N: Tensor, logprob_N: Tensor | None, full: bool) -> Tensor:
+def _per_token(out: dict[str, Tensor], weighted: Weighted) -> Tensor:
     """[N, len(_SUMS)] float64: what each token adds to the sums."""
-    nll_N, weights_N = nll_N.double(), weights_N.double()
+    nll_N, weights_N = out["nll"].double(), out["weights"].double()
     one, zero = torch.ones_like(nll_N), torch.zeros_like(nll_N)
     ran = (weights_N != 0).double()
-    prior_N = zero - torch.inf if logprob_N is None else logprob_N.double()
+    prior_N = (
+        weighted.prior["logprob"].double() if "logprob" in weighted.prior else zero - torch.inf
+    )
     finite = (prior_N > -torch.inf).double()
     drift_N = -nll_N - prior_N
-    every = one if full else zero
+    every = one if weighted.every_nll else zero
     columns = [
         *(one, weights_N, 1 - ran),
         *(ran, _where(ran, nll_N), ran * finite, _where(ran * finite, drift_N)),

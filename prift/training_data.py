@@ -51,6 +51,7 @@ class TrainOptions:
     resume: bool = False
     full_metrics_steps: int | None = None
     skip_check: bool = False
+    packing: bool = False
     trust_remote_code: bool = False
 
 

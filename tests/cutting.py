@@ -1,11 +1,14 @@
 """Training on cut batches, and the same training by the naive definition from full logits.
 
-As a module it is one rank of a distributed run: python -m tests.cutting FOLDER METHOD ACCUMULATION
+As a module it is one rank of a distributed run:
+python -m tests.cutting FOLDER METHOD ACCUMULATION [packed]
 """
 
 import itertools
 import json
 import sys
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +18,16 @@ from prift.arguments import training_arguments
 from prift.dataset import PriorDataset, collate
 from prift.forward import install
 from prift.heads import body_of
+from prift.packing import varlen_attention
 from prift.ranks import is_rank_zero
 from prift.rules import METHODS, Weigher, weigher
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from tests import references
 from tests.families import tiny
+from tests.grids import grid, labels_of
 from tests.test_request import examples
+from tests.varlen import on_the_cpu
 
 # Per example: "." = prompt, 1 = label token of a weight, 0 = label token of weight zero.
 KEPT = [
@@ -47,7 +53,9 @@ def dataset(chosen: Weigher) -> PriorDataset:
     return PriorDataset(examples(*rows), prior, chosen if chosen.source == "prior" else None)
 
 
-def run(folder: Path, method: str, accumulation: int, flags: str = "") -> dict:
+def run(
+    folder: Path, method: str, accumulation: int, flags: str = "", packed: bool = False
+) -> dict:
     """Trains with prift: what was logged, the shapes the body saw, the parameters."""
     chosen = weigher(*METHODS[method], {})
     model, shapes = tiny("llama"), []
@@ -64,13 +72,17 @@ def run(folder: Path, method: str, accumulation: int, flags: str = "") -> dict:
     trainer = PriftTrainer(
         model=model,
         args=training_arguments(str(folder / "out"), {}, words.split(), False)[0],
-        data_collator=collate,
+        data_collator=partial(collate, packed=packed),
         train_dataset=dataset(chosen),
         guard=StepGuard(chosen),
         full_metrics_steps=100,  # that is, in the first step
         skips_rows=chosen.source == "prior",
     )
-    trainer.train()
+    with ExitStack() as stack:
+        if packed:
+            stack.enter_context(on_the_cpu())
+            stack.enter_context(varlen_attention(model))
+        trainer.train()
     logged = [entry for entry in trainer.state.log_history if "mean_weight" in entry]
     parameters = {name: p.detach().double() for name, p in model.named_parameters()}
     return {"logged": logged, "shapes": shapes, "parameters": parameters}
@@ -86,12 +98,12 @@ def naive(method: str, batches_a_step: int, ranks: int = 1, dtype=torch.float64)
             collate([data.whole(i) for i in range(start, start + BATCH)])
             for start in itertools.islice(starts, batches_a_step)
         ]
-        tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        tokens = sum(batch["num_labels"] for batch in batches)
         loss, table = torch.zeros((), dtype=dtype), []
         for number, batch in enumerate(batches):
             logits = model(input_ids=batch["input_ids"]).logits
             weights = naive_weights(method, batch, logits.detach())
-            loss = loss + references.weighted_loss(logits, batch["labels"], weights, tokens)
+            loss = loss + references.weighted_loss(logits, labels_of(batch), weights, tokens)
             measured = chosen.source != "prior" or (step == 0 and number < ranks)
             table += per_token(batch, logits.detach(), weights, measured)
         loss.backward()
@@ -107,26 +119,27 @@ def naive(method: str, batches_a_step: int, ranks: int = 1, dtype=torch.float64)
 
 
 def naive_weights(method: str, batch: dict, logits: torch.Tensor) -> torch.Tensor:
-    weights = torch.zeros(batch["labels"].shape, dtype=logits.dtype)
-    for b, t in (batch["labels"] != -100).nonzero().tolist():
+    labels = labels_of(batch)
+    prior = {name: grid(batch, values) for name, values in batch["prior"].items()}
+    weights = torch.zeros(labels.shape, dtype=logits.dtype)
+    for b, t in (labels != -100).nonzero().tolist():
         weights[b, t] = {
             "sft": lambda b=b, t=t: 1.0,
             "dft": lambda b=b, t=t: references.weight_prob(
-                logits[b, t - 1].numpy(), int(batch["labels"][b, t])
+                logits[b, t - 1].numpy(), int(labels[b, t])
             ),
-            "prift-prob": lambda b=b, t=t: float(batch["prior"]["logprob"][b, t].exp()),
-            "prift-mass": lambda b=b, t=t: float(batch["prior"]["log_mass_rank"][b, t] > -0.5),
+            "prift-prob": lambda b=b, t=t: float(prior["logprob"][b, t].exp()),
+            "prift-mass": lambda b=b, t=t: float(prior["log_mass_rank"][b, t] > -0.5),
         }[method]()
     return weights
 
 
 def per_token(batch: dict, logits: torch.Tensor, weights: torch.Tensor, measured: bool) -> list:
     """(weight, nll, log p - log q, whether nll and drift are measured on it) of each label."""
-    rows = []
-    for b, t in (batch["labels"] != -100).nonzero().tolist():
-        nll = -float(torch.log_softmax(logits[b, t - 1], 0)[batch["labels"][b, t]])
-        prior = float(batch["prior"]["logprob"][b, t])
-        rows.append((float(weights[b, t]), nll, -nll - prior, measured))
+    rows, labels, logprob = [], labels_of(batch), grid(batch, batch["prior"]["logprob"])
+    for b, t in (labels != -100).nonzero().tolist():
+        nll = -float(torch.log_softmax(logits[b, t - 1], 0)[labels[b, t]])
+        rows.append((float(weights[b, t]), nll, -nll - float(logprob[b, t]), measured))
     return rows
 
 
@@ -141,7 +154,7 @@ def metrics(table: np.ndarray) -> dict[str, float]:
 
 if __name__ == "__main__":
     target, method_name, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    result = run(target, method_name, steps)
+    result = run(target, method_name, steps, packed="packed" in sys.argv)
     rank = torch.distributed.get_rank()
     (target / f"shapes{rank}.json").write_text(json.dumps(result["shapes"]))
     if is_rank_zero():

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from benchmarks import steps, train
-from benchmarks.gpu_train import flops, measured
+from benchmarks.gpu_train import end_to_end, flops, measured
 from benchmarks.peers import TRL, Padded
 from benchmarks.trainers import BATCH, FIXED, Whole
+from prift.packing import varlen_attention
 from prift.rules import METHODS
+from tests.varlen import on_the_cpu
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 V = 211
@@ -114,6 +116,13 @@ def test_the_gpu_benchmark_runs_without_one(tiny):
     prior = steps.drawn_prior(batch["labels"])
     seconds, _ = measured("prift-mass", model, batch, prior, 1)
     assert seconds > 0
+    flat = end_to_end(batch, prior)
+    loss = steps.step("prift-mass", model, batch, prior)()
+    with on_the_cpu():
+        assert measured("prift-mass packed", model, batch, prior, 1)[0] > 0
+        with varlen_attention(model):
+            packed = steps.step("prift-mass", model, *flat)()
+    assert packed.item() == pytest.approx(loss.item(), rel=1e-5)
     body = sum(p.numel() for p in model.parameters()) - V * 32
     labels = int((batch["labels"] != -100).sum())
     attention = 2 * 32 * 2 * 3 * 24 * 25 / 2

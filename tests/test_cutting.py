@@ -51,15 +51,17 @@ def test_batches_leave_out_what_has_no_weight():
     batch = collate([data[i] for i in (1, 0, 2)])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [3, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7, 8], [-100, 4, -100, -100]]
-    assert batch["prior"]["logprob"].tolist() == [[0, -1, -2, -3], [0, -7, 0, 0]]
+    assert {name: values.tolist() for name, values in batch["tokens"].items()} == {
+        "place": [0, 1, 2, 3], "target": [6, 7, 8, 4], "sequence": [0, 0, 0, 1]
+    }  # fmt: skip
+    assert batch["prior"]["logprob"].tolist() == [-1, -2, -3, -7]
     assert batch["num_labels"] == 7 and batch["index"] == [0, 2, 1]
 
 
 def test_a_batch_with_nothing_to_run_runs_one_token():
     data = by_mass(([1, 2, 3], ".00"), ([4, 5, 6, 7], "..00"))
     batch = collate([data[0], data[1]])
-    assert batch["input_ids"].shape == (1, 1) and not (batch["labels"] != -100).any()
+    assert batch["input_ids"].shape == (1, 1) and not len(batch["tokens"]["place"])
     assert batch["num_labels"] == 4 and batch["index"] == [0, 1]
     assert batch["prior"]["log_mass_rank"].dtype == torch.float32
 
@@ -123,10 +125,10 @@ def test_training_on_cut_batches_is_the_naive_training(tmp_path, method, accumul
         assert ran == lengths[:batches]
 
 
-def two_ranks(folder: Path, method: str, accumulation: int) -> dict:
+def two_ranks(folder: Path, method: str, accumulation: int, *more: str) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-        + ["tests.cutting", str(folder), method, str(accumulation)],
+        + ["tests.cutting", str(folder), method, str(accumulation), *more],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,8 +1,9 @@
-"""Examples as padded batches, with the prior's values at their tokens' places."""
+"""Examples as batches, padded or packed, with the prior's values at their tokens' places."""
 
 import warnings
 
 import numpy as np
+import pytest
 import torch
 
 from prift.dataset import PriorDataset, collate
@@ -40,22 +41,41 @@ def test_batches_are_padded_on_the_right():
         "input_ids": [[9, 8, 7, 0], [5, 6, 7, 8], [1, 2, 0, 0]],
         "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]],
         "position_ids": [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]],
-        "labels": [[-100, 8, 7, -100], [-100, 6, -100, 8], [-100, 2, -100, -100]],
     }
     for name, values in expected.items():
         assert batch[name].tolist() == values
         assert batch[name].dtype == torch.int64
     assert batch["num_labels"] == 5 and batch["index"] == [2, 0, 1]
-    assert set(batch) == {*expected, "prior", "num_labels", "index"}
+    assert set(batch) == {*expected, "tokens", "prior", "num_labels", "index"}
 
 
-def test_prior_values_stand_at_their_tokens():
+LABELS = {"target": [8, 7, 6, 8, 2], "sequence": [0, 0, 1, 1, 2]}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_label_tokens_with_their_statistics(packed):
+    """A token is predicted one place before its own."""
     data = PriorDataset(ROWS, PRIOR)
-    prior = collate([data[2], data[0], data[1]])["prior"]
-    assert prior["rank"].tolist() == [[0, 4, 5, 0], [0, 1, 0, 2], [0, 3, 0, 0]]
-    assert prior["logprob"].tolist() == [[0, -2, -2.5, 0], [0, -0.5, 0, -1], [0, -1.5, 0, 0]]
+    batch = collate([data[2], data[0], data[1]], packed)
+    places = [0, 1, 3, 5, 7] if packed else [0, 1, 4, 6, 8]
+    tokens, prior = batch["tokens"], batch["prior"]
+    assert {name: values.tolist() for name, values in tokens.items()} == LABELS | {"place": places}
+    assert {values.dtype for values in tokens.values()} == {torch.int64}
+    assert prior["rank"].tolist() == [4, 5, 1, 2, 3]
+    assert prior["logprob"].tolist() == [-2, -2.5, -0.5, -1, -1.5]
     assert prior["rank"].dtype == torch.int32
     assert prior["logprob"].dtype == torch.float32
+
+
+def test_packed_batches_lie_end_to_end():
+    data = PriorDataset(ROWS, PRIOR)
+    batch = collate([data[2], data[0], data[1]], packed=True)
+    assert batch["input_ids"].tolist() == [[9, 8, 7, 5, 6, 7, 8, 1, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1]]
+    assert batch["attention_mask"].tolist() == [[1] * 9]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 7, 9] and batch["max_length_q"] == 4
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["num_labels"] == 5 and batch["index"] == [2, 0, 1]
 
 
 def test_without_a_prior():
@@ -73,20 +93,22 @@ def test_batches_are_the_items_whatever_their_order():
             size = len(item["input_ids"])
             assert batch["input_ids"][row, :size].tolist() == item["input_ids"].tolist()
             assert batch["attention_mask"][row].sum() == size
-            places = batch["labels"][row] != -100
+            own = batch["tokens"]["sequence"] == row
+            width = batch["input_ids"].shape[1]
+            places = batch["tokens"]["place"][own] - row * width
+            assert (places + 1).tolist() == item["places"].tolist()
             for name, values in item["prior"].items():
-                assert batch["prior"][name][row, places].tolist() == values.tolist()
-                assert not batch["prior"][name][row, ~places].any()
+                assert batch["prior"][name][own].tolist() == values.tolist()
 
 
 def test_every_tensor_can_be_written_to():
     """Views of read-only or shared memory could not; a batch of one row was such a view."""
     data = PriorDataset(ROWS, PRIOR)
-    for size in (1, 3):
+    for size, packed in [(1, False), (3, False), (1, True), (3, True)]:
         with warnings.catch_warnings(action="error"):
-            batch = collate([data[i] for i in range(size)])
+            batch = collate([data[i] for i in range(size)], packed)
         tensors = [value for value in batch.values() if torch.is_tensor(value)]
-        for tensor in [*tensors, *batch["prior"].values()]:
+        for tensor in [*tensors, *batch["prior"].values(), *batch["tokens"].values()]:
             expected = tensor.clone()
-            expected[0, 0] = tensor[0, 0] = 99
+            expected.view(-1)[0] = tensor.view(-1)[0] = 99
             assert torch.equal(tensor, expected)

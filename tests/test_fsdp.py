@@ -43,11 +43,11 @@ def batch(number: int) -> tuple[Tensor, Weighted]:
     if number == 2:  # a micro-batch without weight
         mass -= 9
     prior = {"logprob": logprob, "log_mass_rank": mass, "n_tie": torch.ones(shape)}
-    return ids, Weighted(labels, prior)
+    return ids, Weighted.of(labels, prior)
 
 
 def counted(weighted: Weighted) -> int:
-    return int((weighted.labels[:, 1:] != -100).sum())
+    return len(weighted.tokens.target)
 
 
 def made(family: str, method: str, checkpoint: bool = False, lora: bool = False) -> nn.Module:

@@ -1,10 +1,12 @@
 """Sequences packed end to end, where torch's variable-length attention has a kernel.
 
-Without CUDA its operator is given a kernel for the CPU here, by its own definition: everything of
+Without CUDA its operator is given a kernel for the CPU here (tests/varlen.py): everything of
 prift's runs as it would there. On CUDA the tests run torch's own kernel.
 """
 
+import copy
 import functools
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,9 +19,11 @@ from prift.backends.prompts import can_share
 from prift.backends.ways import Ways
 from prift.headcheck import head_or_reason
 from prift.heads import body_of
+from prift.packing import NAME, kernel_refusal, varlen_attention
 from prift.precompute import _Lazy
 from tests.families import tiny
 from tests.scoring import sequences
+from tests.varlen import on_the_cpu
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -27,51 +31,16 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 @pytest.fixture(scope="module", autouse=True)
 def kernel():
-    """The operator's definition for the CPU: softmax within each sequence, causal, windowed."""
-    import torch.nn.attention.varlen as varlen
-
-    if CUDA:
+    with nullcontext() if CUDA else on_the_cpu():
         yield
-        return
-    kernel = torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", _attend)
-    assert varlen.varlen_attn
-    yield kernel
-
-
-def _attend(
-    q,
-    k,
-    v,
-    ends_q,
-    ends_k,
-    max_q,
-    max_k,
-    is_causal=False,
-    scale=None,
-    window=None,
-    enable_gqa=False,
-):
-    assert q.shape[0] == k.shape[0] == int(ends_q[-1]) and torch.equal(ends_q, ends_k)
-    lengths = ends_q.diff()
-    assert int(lengths.max()) == max_q == max_k and ends_q.dtype == torch.int32
-    assert enable_gqa or q.shape[1] == k.shape[1]
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out = torch.empty_like(q)
-    for a, b in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
-        place = torch.arange(b - a)
-        back = place[:, None] - place[None]
-        seen = (back >= 0) if window[1] == 0 else torch.ones_like(back, dtype=torch.bool)
-        seen &= (back <= window[0]) if window[0] >= 0 else True
-        scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), k[a:b].double())
-        scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        out[a:b] = torch.einsum("hqk,khd->qhd", weights, v[a:b].double()).to(q.dtype)
-    empty = torch.empty(0)
-    return out, empty, torch.zeros(2, dtype=torch.uint64)
 
 
 DTYPE = torch.bfloat16 if CUDA else torch.float32  # torch's kernel has no float32
-PACKED = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "mixtral", "granite", "cohere"]
+PACKED = [
+    "llama", "llama-tied", "mistral", "qwen2", "qwen3", "smollm3", "starcoder2", "olmo2", "phi3",
+    "phi", "gpt-neox", "gpt2", "opt", "gemma3", "cohere", "cohere2", "granite", "mixtral",
+    "qwen3-moe", "olmoe",
+]  # fmt: skip
 
 
 def given(family: str):
@@ -88,7 +57,7 @@ def test_packed_rows_are_those_of_each_sequence_alone(family):
     model, body, head, ids, positions = given(family)
     device = torch.device(DEVICE)
     with torch.inference_mode():
-        packed = packed_rows(model, body, head, ids, positions, device)
+        packed = packed_rows(model, head, ids, positions, device)
         alone = torch.cat(
             [padded_rows(body, head, [s], [p], device) for s, p in zip(ids, positions, strict=True)]
         )
@@ -114,10 +83,12 @@ def test_it_is_tried_and_then_used(family):
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("gemma2", "no softcap"),
-        ("gpt-oss", "no s_aux"),  # attention sinks
-        ("mamba", "relative difference"),  # its state runs on through all sequences
-        ("falcon-h1", "relative difference"),
+        ("gemma2", "no soft caps"),
+        ("gpt-oss", "no sinks"),
+        ("nemotron", "do not hand on where sequences end"),
+        ("mamba2", "0 of its 2 layers attend"),
+        ("jamba", "1 of its 2 layers attend"),
+        ("falcon-h1", "relative difference"),  # its state runs on through all sequences
     ],
 )
 def test_a_model_that_cannot_is_found_out(family, reason):
@@ -159,13 +130,51 @@ def test_sequences_that_are_made_when_asked_for():
     assert len(groups) == len(ids) and said == []
 
 
-def test_layers_with_windows_are_padded():
-    """Some models tell a window by the mask alone, and four short sequences would not show it."""
+def test_windows_that_the_mask_alone_tells_are_found_out():
+    """Four short sequences would not show them."""
+    model, _, head, _, _ = given("mistral")
+    config = copy.copy(model.config)
+    config.sliding_window = None
+    for layer in model.model.layers:
+        layer.self_attn.config = config
+    ids = sequences(301, [5, 7, 2, 10])
+    said = []
+    Ways(model, head, said.append, may_pack=True).groups(ids, [np.arange(1, len(s)) for s in ids])
+    assert len(said) == 1 and "windows by the mask alone" in said[0]
+
+
+def test_windows_are_packed_but_keep_no_prompts():
     assert not can_share(tiny("mistral")) and can_share(tiny("llama"))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_model_that_may_pack_answers_as_it_always_did(side):
+    """Padded batches with their mask, and generation from them."""
+    model, *_ = given("mistral")
+    ids = torch.randint(3, 301, (2, 30), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, slice(12) if side == "left" else slice(18, None)] = 0
+
+    def answers() -> list[torch.Tensor]:
+        with torch.no_grad():
+            whole = model(input_ids=ids, attention_mask=mask).logits
+            plain = model(input_ids=ids).logits
+        settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
+        return [whole[mask == 1], plain, model.generate(ids, **settings)]
+
+    expected = answers()
+    with varlen_attention(model):
+        assert model.config._attn_implementation == NAME
+        found = answers()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_only_where_there_is_a_kernel_for_it():
-    model = tiny("llama", torch.bfloat16)
-    assert can_pack(model) is False  # on a CPU
+    device = torch.device(DEVICE)
+    assert can_pack(tiny("llama", torch.bfloat16)) is False  # on a CPU nobody asked for it
+    assert kernel_refusal(device, DTYPE) is None
     if CUDA:
-        assert can_pack(model.to("cuda")) and not can_pack(model.float())
+        model = tiny("llama", torch.bfloat16).to(DEVICE)
+        assert can_pack(model) and not can_pack(model.float())

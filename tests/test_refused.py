@@ -88,7 +88,7 @@ def test_a_model_after_training_is_as_before(family):
     expected, before = model.generate(ids, **settings), pickle.dumps(model)
     install(model, weigher("uniform", None, {}))
     assert torch.equal(model.generate(ids, **settings), expected)
-    assert "weights" in model(input_ids=ids, weighted=Weighted(ids, {}))
+    assert "weights" in model(input_ids=ids, weighted=Weighted.of(ids, {}))
     with pytest.raises((AttributeError, pickle.PicklingError)):
         pickle.dumps(model)
     uninstall(model)

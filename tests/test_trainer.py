@@ -10,14 +10,10 @@ from prift.dataset import PriorDataset, collate
 from prift.heads import body_of
 from prift.rules import METHODS, weigher
 from tests import references
+from tests.grids import labels_of, plain
 from tests.lab import Lab
 
 FLAGS = "--max_steps 20 --learning_rate 3e-3 --per_device_train_batch_size 4"
-
-
-def for_model(batch: dict) -> dict[str, torch.Tensor]:
-    """What a model's own forward takes."""
-    return {name: value for name, value in batch.items() if torch.is_tensor(value)}
 
 
 def plain_trainer(lab: Lab, output: str, accumulation: int) -> list[float]:
@@ -35,7 +31,7 @@ def plain_trainer(lab: Lab, output: str, accumulation: int) -> list[float]:
         model=model,
         args=arguments,
         train_dataset=PriorDataset(examples, {}),
-        data_collator=lambda items: for_model(collate(items)),
+        data_collator=lambda items: plain(collate(items)),
         processing_class=tokenizer,
     )
     trainer.train()
@@ -87,7 +83,7 @@ def test_first_step_by_the_naive_definition(lab, method):
     lab.train(f"first-{method}", method, flags)
     logged = lab.history(f"first-{method}")[0]
     batch, logits = first_batch(lab)
-    labels = batch["labels"]
+    labels = labels_of(batch)
     weights = torch.zeros(labels.shape, dtype=torch.float64)
     rule = getattr(references, "weight_" + METHODS[method][0])
     nll = []
@@ -140,7 +136,7 @@ def test_full_metrics_can_be_rarer(lab):
 
 def test_the_balance_loss_of_experts_is_added_unweighted(tmp_path):
     lab = Lab(tmp_path, "mixtral")
-    plain = {}
+    losses = {}
     for balanced in (False, True):
         config = tf.AutoConfig.from_pretrained(lab.model)
         config.output_router_logits, config.router_aux_loss_coef = balanced, 0.5
@@ -148,13 +144,13 @@ def test_the_balance_loss_of_experts_is_added_unweighted(tmp_path):
         batch, _ = first_batch(lab)
         model = tf.AutoModelForCausalLM.from_pretrained(lab.model, dtype=torch.float32)
         with torch.no_grad():
-            plain[balanced] = float(model(**for_model(batch)).loss)
+            losses[balanced] = float(model(**plain(batch)).loss)
         flags = "--max_steps 1 --per_device_train_batch_size 4 --train_sampling_strategy sequential"
         lab.train(f"balance-{balanced}", "sft", flags, cache=None)
         assert lab.history(f"balance-{balanced}")[0]["loss"] == pytest.approx(
-            plain[balanced], rel=1e-4
+            losses[balanced], rel=1e-4
         )
-    assert plain[True] > plain[False] + 0.1
+    assert losses[True] > losses[False] + 0.1
 
 
 def test_weights_of_the_rule_reach_the_loss(lab):

@@ -17,6 +17,7 @@ from prift.backends.batches import Group
 from prift.backends.bodies import pad, pick, tensor
 from prift.heads import Head, accepted, body_of
 from prift.models import turns_by_length
+from prift.packing import layer_kinds
 
 _LEAST_SAVED = 0.2  # of a group's tokens: below, attention to kept keys eats what is saved
 _LEAST_PROMPT = 16  # tokens
@@ -27,13 +28,12 @@ def can_share(model: nn.Module) -> bool:
     """Whether every layer of the model keeps the keys and values of all tokens, a key does not
     depend on how long the sequence becomes, and padding behind a prompt shifts nobody's place."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = any(getattr(config, n, None) for n in _WINDOWS)
     windowed = windowed and getattr(config, "use_sliding_window", True)
     stateful = getattr(model, "_is_stateful", False)
     placed = accepted(body_of(model), {"position_ids": None})
     return bool(
-        kinds == {"full_attention"}
+        layer_kinds(config) == {"full_attention"}
         and placed
         and not (windowed or stateful or turns_by_length(config))
     )

@@ -18,9 +18,9 @@ from prift.backends.prompts import can_share, grouped, shared_rows
 from prift.errors import first_line
 from prift.heads import Head, body_of
 from prift.memory import is_out_of_memory
+from prift.packcheck import difference, packing_misfit
 
 Chosen = Sequence[np.ndarray]
-_WORST_ROW = 0.3  # relative difference of one row: more than rounding makes of any
 
 
 class Ways:
@@ -61,7 +61,7 @@ class Ways:
         if batch[0].prompt:
             return shared_rows(self._body, self._head, batch, *where)
         if self._packs:
-            return packed_rows(self._model, self._body, self._head, *where)
+            return packed_rows(self._model, self._head, *where)
         return padded_rows(self._body, self._head, *where)
 
     def _sharing_works(self, group: Group, sequences: Chosen, positions: Chosen) -> bool | None:
@@ -70,46 +70,33 @@ class Ways:
         pair = Group(group.members[:2], group.lengths[:2], group.prompt)
         less = Group(pair.members, pair.lengths, group.prompt * 3 // 4)
         ids, where = ([of[i] for i in pair.members] for of in (sequences, positions))
-        batch = [pair, less], ids * 2, where * 2
-        return self._works("prompts are not shared", lambda: self.rows(*batch), ids * 2, where * 2)
+        tried = [pair, less], ids * 2, where * 2
+        return self._works("prompts are not shared", lambda: self._sharing_misfit(*tried))
 
     def _packing_works(self, sequences: Chosen) -> bool | None:
-        """At all positions: a sequence's first tokens are those that see its neighbour first."""
-        positions = [np.arange(1, max(2, len(s))) for s in sequences]
-        arguments = self._body, self._head, sequences, positions, self._device
         return self._works(
             "sequences are padded, not packed",
-            torch.inference_mode()(lambda: packed_rows(self._model, *arguments)),
-            sequences,
-            positions,
+            lambda: packing_misfit(self._model, self._head, sequences),
         )
 
-    def _works(
-        self, else_say: str, tried: Callable[[], Tensor], sequences: Chosen, positions: Chosen
-    ) -> bool | None:
-        """Whether it makes the rows that the sequences have alone, to the rounding of the dtype;
-        None where memory did not suffice to tell."""
+    def _sharing_misfit(
+        self, batch: list[Group], sequences: Chosen, positions: Chosen
+    ) -> str | None:
+        """Why these rows are not those that the sequences have alone, or None."""
+        found = self.rows(batch, sequences, positions)
+        each = zip(sequences, positions, strict=True)
+        with torch.inference_mode():
+            alone = [padded_rows(self._body, self._head, [s], [p], self._device) for s, p in each]
+            return difference(found, torch.cat(alone), self._model.dtype)
+
+    def _works(self, else_say: str, misfit: Callable[[], str | None]) -> bool | None:
+        """Whether there is no misfit; None where memory did not suffice to tell."""
         try:
-            found = tried()
-            with torch.inference_mode():
-                alone = torch.cat(
-                    [
-                        padded_rows(self._body, self._head, [s], [p], self._device)
-                        for s, p in zip(sequences, positions, strict=True)
-                    ]
-                )
-            # NaN in both is the weights' fault, which scoring reports.
-            same = (found == alone) | (found.isnan() & alone.isnan())
-            missed_N = (found.double() - alone).masked_fill(same, 0).norm(dim=1)
-            size_N = alone.double().nan_to_num().norm(dim=1).clamp_min(1e-30)
-            difference = float(missed_N.norm() / size_N.norm())
-            reason = f"relative difference {difference:.2g}"
-            works = difference <= torch.finfo(self._model.dtype).eps ** 0.5
-            works &= bool((missed_N <= _WORST_ROW * size_N).all())
+            reason = misfit()
         except Exception as error:  # an architecture's own way of refusing
             if is_out_of_memory(error):
                 return None
-            reason, works = f"{type(error).__name__}: {first_line(error)}", False
-        if not works:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        if reason is not None:
             self._say(f"{else_say}: {type(self._model).__name__} cannot ({reason})")
-        return works
+        return reason is None
