@@ -7,6 +7,7 @@ import click
 
 from prift import __version__
 
+from .cache import cache
 from .precompute import precompute
 from .train import train
 
@@ -21,8 +22,10 @@ def main() -> None:
                        what it thought: statistics, not weights
     prift train        trains with any rule that turns those statistics into weights;
                        no reference model is loaded
+    prift cache        looks at what lies in the cache, checks it, shares it
     """
 
 
 main.add_command(precompute)
 main.add_command(train)
+main.add_command(cache)

@@ -35,11 +35,20 @@ class Command(click.Command):
             ctx.exit(130)
 
 
+class Group(click.Group):
+    """A click group of such commands."""
+
+    command_class = Command
+
+
+debug = click.option(
+    "--debug", is_flag=True, help="Show the traceback of an error instead of its message."
+)
+
+
 def common(function: Callable) -> Callable:
     """--config and --debug."""
-    function = click.option(
-        "--debug", is_flag=True, help="Show the traceback of an error instead of its message."
-    )(function)
+    function = debug(function)
     return click.option(
         "--config",
         type=click.Path(exists=True, dir_okay=False),

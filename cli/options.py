@@ -72,6 +72,14 @@ _OPTIONS = [
     ),
 ]
 
+cache_root = click.option(
+    "--cache",
+    default="~/.cache/prift",
+    show_default=True,
+    metavar="DIR|URL",
+    help="The cache: a folder, or a URL s3://, gs://, hf:// or file://.",
+)
+
 dtype_choice = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 attention = click.option(
