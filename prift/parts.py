@@ -25,12 +25,15 @@ COLUMN_TYPES = {
     "expected_rank": np.float32,
     "entropy_top20": np.float32,
 }
+# Not what float16 has no room for, above (expected_rank) or below (collision).
+_MAY_BE_HALF = {"logprob", "log_mass_rank", "entropy", "entropy_top20"}
 # What pyarrow raises for a file that is no Parquet, or is damaged, and what it lets through.
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError)
 
 
-def schema(names: tuple[str, ...]) -> pa.Schema:
-    """Arrow schema of a part that holds the statistics `names`."""
+def schema(names: tuple[str, ...], half: bool = False) -> pa.Schema:
+    """Arrow schema of a part that holds the statistics `names`; half: those that may be in
+    float16, which readers widen again."""
     columns = [
         pa.field("key", pa.binary(16), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
@@ -38,6 +41,7 @@ def schema(names: tuple[str, ...]) -> pa.Schema:
     ]
     for name in names:
         value = pa.from_numpy_dtype(COLUMN_TYPES[name])
+        value = pa.float16() if half and name in _MAY_BE_HALF else value
         columns.append(pa.field(name, pa.list_(value), nullable=False))
     return pa.schema(columns)
 

@@ -37,6 +37,7 @@ class CacheWriter:
     provenance      what explains the numbers: strings for each part's metadata
     part_seconds    a part becomes visible after this long or four million tokens, so this is
                     how much work a kill may lose
+    half            floats are stored in float16 where that does, see parts.schema
 
     On leaving, by an exception too, the rows added so far are kept: each of them is whole.
     Raises CacheError where the disk or the store refuses.
@@ -48,10 +49,11 @@ class CacheWriter:
         identity: PriorIdentity,
         provenance: dict[str, str],
         part_seconds: float = 60.0,
+        half: bool = False,
     ):
         self._root = root if isinstance(root, Root) else open_root(root)
         self._prior = identity.id
-        self._provenance, self._seconds = provenance, part_seconds
+        self._provenance, self._seconds, self._half = provenance, part_seconds, half
         self._part: PartWriter | None = None
         with self._guard():
             self._root.begin(self._prior, identity.json())
@@ -69,7 +71,9 @@ class CacheWriter:
         with self._guard():
             if self._part is None:
                 folder = self._root.parts_folder(self._prior)
-                self._part = PartWriter(folder, tuple(stats), self._provenance, self._publish)
+                self._part = PartWriter(
+                    folder, tuple(stats), self._provenance, self._publish, self._half
+                )
             self._part.add(key, length, spans, stats)
         old = time.monotonic() - self._part.started > self._seconds
         if old or self._part.tokens >= _MAX_PART_TOKENS:
@@ -112,6 +116,7 @@ class PartWriter:
     names      statistics of every row
     metadata   provenance: strings for the Parquet key-value metadata
     publish    (file, name) -> path: makes it visible
+    half       floats are stored in float16 where that does, see parts.schema
 
     broken     a write was begun and not ended: nothing but `abandon` is left to do
     """
@@ -122,10 +127,11 @@ class PartWriter:
         names: tuple[str, ...],
         metadata: dict[str, str],
         publish: Callable[[NewFile, str], Path] = NewFile.publish,
+        half: bool = False,
     ):
         self.names, self.broken, self.tokens = names, False, 0
         self.started = time.monotonic()
-        self._schema = schema(names).with_metadata(metadata)
+        self._schema = schema(names, half).with_metadata(metadata)
         self._publish = publish
         self._file = NewFile(folder)
         try:
@@ -192,7 +198,8 @@ class PartWriter:
         ]
         for name in self.names:
             values = np.concatenate([s[name] for s in stats])
-            columns.append(_list_array(counts, values.astype(COLUMN_TYPES[name], copy=False)))
+            dtype = self._schema.field(name).type.value_type.to_pandas_dtype()
+            columns.append(_list_array(counts, values.astype(dtype, copy=False)))
         table = pa.Table.from_arrays(columns, schema=self._schema)
         self._writer.write_table(table, row_group_size=table.num_rows)
         self._rows, self._pending, self.broken = [], 0, False

@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from benchmarks.cache import realistic
 from prift.cache import PriorCache
 from prift.writer import CacheWriter
 from tests import cache_fixtures as fx
@@ -60,33 +61,19 @@ def test_opening_and_asking_take_little_memory_a_row(many):
     assert len(cache) == ROWS
 
 
-def realistic(n, rng):
-    """Statistics as of a fair model: two tokens in three are its first choice."""
-    top = rng.random(n) < 0.66
-    rank = np.where(top, 1, 2 + rng.pareto(0.8, n).clip(0, 1e5)).astype(np.int32)
-    tail = 0.7 * np.log(rank) + rng.gamma(2, 0.8, n)
-    mass = rng.gamma(0.7, 1.5, n) + 1e-3
-    return {
-        "logprob": -np.where(top, rng.gamma(0.5, 0.6, n), tail).astype(np.float32),
-        "log_mass_rank": -np.where(top, 0, mass).astype(np.float32),
-        "rank": rank,
-        "n_tie": np.where(rng.random(n) < 1e-3, 2, 1).astype(np.int32),
-        "entropy": rng.gamma(0.6, 2.0, n).astype(np.float32),
-    }
-
-
-def test_a_token_takes_less_than_nine_and_a_half_bytes_and_is_read_fast(tmp_path):
+@pytest.mark.parametrize(("half", "most"), [(False, 9.5), (True, 5.2)], ids=["float32", "float16"])
+def test_a_token_takes_few_bytes_and_is_read_fast(tmp_path, half, most):
     rng = np.random.default_rng(0)
     rows, per = 5_000, 150
     keys = np.frombuffer(rng.bytes(16 * rows), "S16")
     stats = realistic(rows * per, rng)
     wanted = [runs(20, 20 + per)] * rows
-    with CacheWriter(tmp_path, IDENTITY, {}) as writer:
+    with CacheWriter(tmp_path, IDENTITY, {}, half=half) as writer:
         for i, key in enumerate(keys):
             own = slice(i * per, (i + 1) * per)
             writer.add(key, 20 + per, wanted[i], {n: v[own] for n, v in stats.items()})
     (part,) = fx.parts(tmp_path)
-    assert part.stat().st_size / (rows * per) < 9.5
+    assert part.stat().st_size / (rows * per) < most
     cache = PriorCache(tmp_path, IDENTITY)
     order = rng.permutation(rows)
     cache.read(keys[:1], wanted[:1], CORE)
@@ -95,4 +82,19 @@ def test_a_token_takes_less_than_nine_and_a_half_bytes_and_is_read_fast(tmp_path
     seconds = time.process_time() - started
     assert rows * per / seconds > 1e6  # ten million where this was written
     for name in CORE:
-        assert np.array_equal(found[name].reshape(rows, per), stats[name].reshape(rows, per)[order])
+        wanted_values = stats[name].reshape(rows, per)[order]
+        if half and wanted_values.dtype == np.float32:
+            wanted_values = wanted_values.astype(np.float16).astype(np.float32)
+        assert np.array_equal(found[name].reshape(rows, per), wanted_values)
+
+
+def test_what_float16_has_no_room_for_stays_in_float32(tmp_path):
+    names = ("logprob", "collision", "expected_rank")
+    values = {
+        n: np.array([v], np.float32) for n, v in zip(names, (-0.1, 1e-7, 99_999), strict=True)
+    }
+    with CacheWriter(tmp_path, IDENTITY, {}, half=True) as writer:
+        writer.add(fx.key("one"), 2, runs(1, 2), values)
+    found = PriorCache(tmp_path, IDENTITY).read(fx.keys("one"), [runs(1, 2)], names)
+    assert found["logprob"] == np.float16(-0.1)
+    assert found["collision"] == np.float32(1e-7) and found["expected_rank"] == 99_999
