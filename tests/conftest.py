@@ -62,3 +62,12 @@ def lab(tmp_path_factory):
     lab = Lab(tmp_path_factory.mktemp("lab"))
     lab.precompute()
     return lab
+
+
+@pytest.fixture
+def s3(tmp_path):
+    """An empty bucket of an S3 server on loopback: see tests/s3.py."""
+    from tests import s3
+
+    with s3.bucket(tmp_path / "copies") as bucket:
+        yield bucket
