@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all bench-score bench-rounding bench-train bench-scale bench-gpu lint docs data clean
+.PHONY: demo test test-all bench-score bench-rounding bench-train bench-scale bench-cache bench-gpu lint docs data clean
 
 # torch first and by itself: any other package that asks for torch would pull another build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,6 +30,9 @@ bench-rounding: $(VENV)/.installed  ## what rounding and the counting of ties do
 
 bench-scale: $(VENV)/.installed  ## 10,000 and 100,000 sequences: memory and time
 	@$(BIN)/python -m benchmarks.scale --json bench-scale.json
+
+bench-cache: $(VENV)/.installed  ## a cache of a million sequences: bytes, and the time of everything
+	@$(BIN)/python -m benchmarks.cache --json bench-cache.json
 
 # On a CUDA machine whose own python has torch, transformers, accelerate, pyarrow, rich,
 # click, pytest and hypothesis.
