@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from prift.errors import CacheError
 from prift.home import cache_home
 from prift.newfile import NewFile
-from prift.roots import IDENTITY, Part, Root, digest_in, digest_of, write_whole
+from prift.roots import IDENTITY, OpenPart, Part, Root, digest_in, digest_of, write_whole
 
 T = TypeVar("T")
 
@@ -81,6 +81,14 @@ class RemoteRoot(Root):
                 f"no room for a copy of {self.where(prior, part.name)} in {copy.parent}: "
                 f"{error.strerror}. XDG_CACHE_HOME says where copies lie."
             ) from error
+
+    def source(self, prior: str, part: Part) -> OpenPart:
+        path = f"{self._path}/{prior}/parts/{part.name}"
+        file = self._tried(lambda: self._store.open_input_file(path))
+        return OpenPart(file, part.name, self.where(prior, part.name))
+
+    def content(self, prior: str, part: Part) -> bytes:
+        return self._get(prior, "parts", part.name)
 
     def begin(self, prior: str, identity: str) -> None:
         self.parts_folder(prior).mkdir(parents=True, exist_ok=True)

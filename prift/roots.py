@@ -12,11 +12,27 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from prift.errors import CacheError
 from prift.newfile import NewFile
 
 IDENTITY = "prior.json"
+
+
+class OpenPart:
+    """A part that is read where it is, for `prift.parts`: a file with the name of the part's."""
+
+    def __init__(self, file: IO[bytes], name: str, where: str):
+        self.name, self._where, self._file = name, where, file
+        self.read, self.seek, self.tell, self.close = file.read, file.seek, file.tell, file.close
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def __str__(self) -> str:
+        return self._where
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +88,19 @@ class Root:
     def fetch(self, prior: str, part: Part) -> Path:
         """A local file with the part's bytes."""
         return self.parts_folder(prior) / part.name
+
+    def source(self, prior: str, part: Part) -> "Path | OpenPart":
+        """What `prift.parts` reads a little of the part from; nothing is copied."""
+        return self.parts_folder(prior) / part.name
+
+    def content(self, prior: str, part: Part) -> bytes:
+        """The part's bytes as they lie in the cache, whatever a copy of them says."""
+        try:
+            return (self.parts_folder(prior) / part.name).read_bytes()
+        except OSError as error:
+            raise CacheError(
+                f"cannot read {self.where(prior, part.name)}: {error.strerror}"
+            ) from error
 
     def begin(self, prior: str, identity: str) -> None:
         """Makes the prior's folder and its prior.json where they are absent. Raises OSError."""
