@@ -19,7 +19,12 @@ demo: $(VENV)/.installed  ## precompute once, train four methods from one cache,
 test: $(VENV)/.installed  ## every test that is not marked slow
 	@$(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow'
 
-test-all: $(VENV)/.installed  ## the slow ones too
+# What only the slow tests need.
+$(VENV)/.installed-all: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[ray]'
+	@touch $@
+
+test-all: $(VENV)/.installed-all  ## the slow ones too
 	@$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 bench-score: $(VENV)/.installed  ## what the statistics cost on top of the forward pass

@@ -69,6 +69,27 @@ from .options import attention, data_options, data_spec, dtype_choice
     metavar="S",
     help="How often scored rows become visible; a kill loses no more than this.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray scores on all machines of a Ray cluster (docs/cache.md#past-one-machine).",
+)
+@click.option(
+    "--ray-workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Workers on the Ray cluster, at most.  [default: one per GPU, or per machine where there "
+    "is none]",
+)
+@click.option(
+    "--ray-gpus",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="GPUs of each Ray worker: more than 1 for a model that does not fit one.  [default: 1, or "
+    "0 where the cluster has none]",
+)
 @click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
 @common
 @click.pass_context

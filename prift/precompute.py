@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from prift import spans
-from prift.backends import BadLogits, Scorer, TooLarge, hf
+from prift.backends import BadLogits, Scorer, TooLarge, hf, ray_data
 from prift.background import Consumer, Prefetch
 from prift.cache import PriorCache
 from prift.dataspec import DataSpec
-from prift.errors import ModelError
+from prift.errors import ModelError, OptionError
 from prift.examples import WINDOW_ROWS, Window
 from prift.identity import PriorIdentity
 from prift.models import load_config, locate, weight_files
@@ -36,8 +36,10 @@ _UNWRITTEN = 512  # scored rows that wait for the writer, so that one long write
 
 @dataclass(frozen=True)
 class PrecomputeOptions:
-    """How the prior is run. See `prift precompute --help`, and examples.load_windows for the rows
-    of a window."""
+    """How the prior is run. See `prift precompute --help`.
+
+    window_rows  see examples.load_windows; None: what suits the engine
+    """
 
     dtype: str = "auto"
     logits_dtype: str = "float32"
@@ -48,7 +50,10 @@ class PrecomputeOptions:
     compiled: bool | None = None
     part_seconds: float = 60.0
     trust_remote_code: bool = False
-    window_rows: int = WINDOW_ROWS
+    engine: str = "local"
+    ray_workers: int | None = None
+    ray_gpus: int | None = None
+    window_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,10 @@ def precompute(
     folder = locate(model, trust_remote_code=options.trust_remote_code)
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
+    rows = options.window_rows or _suited_rows(options)
     tokenizer = spec.tokenizer_of(folder)
     with Prefetch(_AHEAD) as ahead:
-        windows, report, known = _begun(spec, tokenizer, config, options.window_rows, ahead.check)
+        windows, report, known = _begun(spec, tokenizer, config, rows, ahead.check)
         for line in known:
             say(line)
         identity = _identify(folder, config, options)
@@ -96,7 +102,7 @@ def precompute(
         if plan is not None:
             if not plan.last:
                 say(f"prior {identity.id}: scored while the rest of the data is read")
-            scorer = _load(folder, config, identity, options, say)
+            scorer = _load(model, folder, config, identity, options, say)
             how = {"positions": options.positions, "batch_tokens": options.batch_tokens}
             facts = provenance(model, folder, tokenizer, spec, scorer.device_name, how)
             with (
@@ -129,22 +135,34 @@ def _identify(folder: Path, config: Any, options: PrecomputeOptions) -> PriorIde
     )
 
 
+def _suited_rows(options: PrecomputeOptions) -> int:
+    """Rows of a window for the engine. Raises OptionError where that is not there."""
+    if options.engine == "ray":
+        ray_data.check_installed()
+        return ray_data.WINDOW_ROWS
+    if options.ray_workers is not None or options.ray_gpus is not None:
+        raise OptionError("--ray-workers and --ray-gpus are for --engine ray")
+    return WINDOW_ROWS
+
+
 def _load(
+    model: str,
     folder: Path,
     config: Any,
     identity: PriorIdentity,
     options: PrecomputeOptions,
     say: Callable[[str], None],
 ) -> Scorer:
-    return hf.load(
-        folder,
-        config,
-        identity,
-        batch_tokens=options.batch_tokens,
-        compiled=options.compiled,
-        trust_remote_code=options.trust_remote_code,
-        say=say,
-    )
+    how: dict[str, Any] = {
+        "batch_tokens": options.batch_tokens,
+        "compiled": options.compiled,
+        "trust_remote_code": options.trust_remote_code,
+        "say": say,
+    }
+    if options.engine == "ray":
+        share = {"workers": options.ray_workers, "gpus": options.ray_gpus}
+        return ray_data.load(model, identity, **share, **how)
+    return hf.load(folder, config, identity, **how)
 
 
 def _begun(

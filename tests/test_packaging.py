@@ -1,5 +1,6 @@
 """What is installed is what is on disk."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -54,9 +55,9 @@ def test_third_party_imports_are_declared():
     import ast
 
     declared = list(PROJECT["project"]["dependencies"])
-    for extra in ("peft", "vllm"):
+    for extra in ("peft", "ray", "vllm"):
         declared += PROJECT["project"]["optional-dependencies"][extra]
-    names = {d.split(">")[0].split("<")[0].lower().replace("-", "_") for d in declared}
+    names = {re.split(r"[\[<>]", d)[0].lower().replace("-", "_") for d in declared}
     # transformers cannot be without these
     names |= {"numpy", "safetensors", "huggingface_hub", "jinja2", "tokenizers"}
     names.add("cut_cross_entropy")  # used where it is; no registry has the version that is wanted
