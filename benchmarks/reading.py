@@ -19,8 +19,8 @@ from prift.dataset import PriorDataset, collate
 from prift.examples import Examples, TextOptions, load_examples
 from prift.forward import LabelTokens, Weighted, install
 from prift.mapped import mapped_arrays
+from prift.methods import weigher
 from prift.models import attention_for, load_config, load_model
-from prift.rules import weigher
 from prift.tokenizers import load_tokenizer
 
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -30,8 +30,8 @@ from prift import spans
 from prift.backends import hf
 from prift.dataspec import DataSpec
 from prift.examples import Examples, TextOptions
+from prift.methods import weigher
 from prift.models import load_config, locate, vocabulary_size
-from prift.rules import weigher
 from prift.stats import TokenStats
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from benchmarks.measure import growth
 from benchmarks.peers import TRL, frozen, online_loss, shell, trl_trainer
 from benchmarks.stage import SHAPE
 from prift.forward import Weighted, install
-from prift.rules import METHODS, weigher
+from prift.methods import METHODS, weigher
 from prift.stats import token_stats
 
 VARIANTS = ("plain-sft", *TRL, "online-mass", *METHODS)
@@ -100,7 +100,7 @@ def step(
         return _trl(variant, model, batch, count)
     method = weigher(*METHODS[variant], {})
     install(model, method)
-    needed = {name: prior[name] for name in method.rule.needs} if method.source == "prior" else {}
+    needed = {name: prior[name] for name in method.needs} if method.source == "prior" else {}
     weighted = Weighted.of(labels, needed)
     inputs = {n: v for n, v in batch.items() if n != "labels"}
     return lambda: model(**inputs, weighted=weighted)["loss"] / count

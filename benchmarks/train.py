@@ -23,7 +23,7 @@ import transformers as tf
 from benchmarks import steps, trainers
 from benchmarks.measure import interleaved, machine, table, wall, write
 from benchmarks.peers import TRL
-from prift.rules import METHODS
+from prift.methods import METHODS
 
 VOCABULARIES = (151_936, 32_000)
 DTYPES = ("float32", "bfloat16")

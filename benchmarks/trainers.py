@@ -34,7 +34,7 @@ from prift.arguments import training_arguments
 from prift.dataset import PriorDataset, collate
 from prift.examples import Examples, TextOptions, load_examples
 from prift.forward import install
-from prift.rules import METHODS, weigher
+from prift.methods import METHODS, weigher
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from tests.toy_tokenizers import byte_level
@@ -127,7 +127,7 @@ class Whole:
             data_collator=collate,
             train_dataset=PriorDataset(
                 examples,
-                _prior(examples, {"logprob", *method.rule.needs}) if knows else {},
+                _prior(examples, {"logprob", *method.needs}) if knows else {},
                 method if knows else None,
             ),
             guard=StepGuard(method),

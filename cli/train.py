@@ -139,8 +139,8 @@ def train(
     import torch.distributed
 
     from prift.arguments import training_arguments
+    from prift.methods import METHODS, weigher
     from prift.ranks import is_rank_zero
-    from prift.rules import METHODS, weigher
     from prift.train import train as run
     from prift.training_data import TrainOptions
 

@@ -14,8 +14,8 @@ import torch
 from prift.examples import Examples
 from prift.mapped import MappedArrays
 from prift.packing import laid_end_to_end
-from prift.rules import Weigher
 from prift.stats import TokenStats
+from prift.weigher import Weigher
 
 _CHUNK = 8192  # examples weighed at once
 
@@ -83,7 +83,7 @@ class PriorDataset(torch.utils.data.Dataset):
         """int64 [chunk]: label tokens of each example up to its last of nonzero weight."""
         begins, counts = self._begins[chunk], self._counts[chunk]
         own = slice(begins[0], begins[-1] + counts[-1])
-        values = {n: torch.from_numpy(self.prior[n][own].copy()) for n in weigher.rule.needs}
+        values = {n: torch.from_numpy(self.prior[n][own].copy()) for n in weigher.needs}
         sequence = torch.arange(len(counts)).repeat_interleave(torch.from_numpy(counts))
         weights = weigher(TokenStats(**values), sequence).expand(own.stop - own.start).numpy()
         nonzero = np.concatenate([[-1], np.flatnonzero(weights) + own.start])

@@ -16,8 +16,8 @@ from prift.headcheck import check_head
 from prift.heads import Head, accepted, body_of, head_of
 from prift.loss import Kernel, weighted_loss
 from prift.packing import body_arguments
-from prift.rules import Weigher
 from prift.stats import TokenStats
+from prift.weigher import Weigher
 
 
 @dataclass(frozen=True, slots=True)

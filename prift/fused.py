@@ -25,7 +25,7 @@ from prift.errors import first_line
 from prift.heads import Head, head_of
 from prift.loss import Kernel, weighted_loss
 from prift.memory import free_memory
-from prift.rules import Rule, Weigher
+from prift.weigher import Rule, Weigher
 
 _ROWS = 1024  # enough for many blocks of rows, whose sums a kernel may round one by one
 _SPREAD = (0.5, 20.0)  # of a row's logits: flat ones, and those that meet a soft cap
@@ -113,7 +113,7 @@ def misfit(kernel: Kernel, head: Head, rows: int = _ROWS) -> str | None:
     weights = torch.randn(rows, generator=_generator(head), device=hidden.device)
     weights[::4] = 0
     # Of batch scope, so that rows of weight zero are run too, as online ones are.
-    given = Weigher(Rule("given", (), lambda stats: weights, scope="batch"), "online", {})
+    given = Weigher.of(Rule("given", (), lambda stats: weights, scope="batch"), "online")
     ours, theirs = (_gradients(way, head, hidden, targets, given) for way in (None, kernel))
     apart = (theirs["nll"] - ours["nll"]).abs()
     if not bool((apart <= 1e-3 + 1e-4 * ours["nll"]).all()):
@@ -130,7 +130,7 @@ def misfit(kernel: Kernel, head: Head, rows: int = _ROWS) -> str | None:
 def _relative_time(kernel: Kernel, head: Head) -> float:
     """Time of forward and backward with the kernel over that without, every row of weight 1."""
     hidden, targets = _case(head, _ROWS)
-    plain = Weigher(Rule("uniform", (), lambda stats: torch.ones(())), None, {})
+    plain = Weigher.of(Rule("uniform", (), lambda stats: torch.ones(())), None)
     ours, theirs = (_seconds(way, head, hidden, targets, plain) for way in (None, kernel))
     return theirs / ours
 

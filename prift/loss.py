@@ -18,8 +18,8 @@ from prift.chunk import Chunk
 from prift.fold import Fold
 from prift.heads import Head
 from prift.products import add_pull_back, add_turned
-from prift.rules import Weigher
 from prift.stats import TokenStats
+from prift.weigher import Weigher
 
 _CHUNK_BYTES = 320 << 20  # of one float32 chunk of exponentials
 _CHUNK_ROWS = (64, 1024)  # fewer: each chunk's V x H accumulation dominates; more: no faster
@@ -93,7 +93,7 @@ def weighted_loss(
         if weigher.source == "online":
             weights = (
                 weigher
-                if weigher.rule.scope == "token"
+                if weigher.scope == "token"
                 else _weigh_all(hidden_NH.detach(), head, targets_N, weigher, sequence_N)
             )
             return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights, kernel))
@@ -220,7 +220,7 @@ def _weigh_all(
     hidden_NH: Tensor, head: Head, targets_N: Tensor, weigher: Weigher, sequence_N: Tensor | None
 ) -> Tensor:
     """Weights [N] of a rule that looks at many tokens: a pass over the chunks of its own."""
-    stats = Fold(head, names=weigher.rule.needs)(hidden_NH, targets_N)
+    stats = Fold(head, names=weigher.needs)(hidden_NH, targets_N)
     return weigher(stats, sequence_N).expand(len(targets_N))
 
 
@@ -229,9 +229,9 @@ def _online_stats(
 ) -> TokenStats:
     """What the rule needs of the model in training. The logprob alone is known already; for more
     the logits are made once more, since ties and ranks need them unrounded."""
-    if set(weigher.rule.needs) <= {"logprob"}:
+    if set(weigher.needs) <= {"logprob"}:
         return TokenStats(logprob=(-nll_C).clamp_max(0))
-    return Fold(head, names=weigher.rule.needs)(h_CH, y_C)
+    return Fold(head, names=weigher.needs)(h_CH, y_C)
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:

@@ -1,93 +1,19 @@
-"""Weights from statistics: one small function per rule; its signature is its options.
+"""Weights from the statistics of one distribution: one small function per rule.
 
-A rule sees flat label tokens [N]: no padding, no mask, no shift. It does not know whether its
-statistics come from the frozen prior or from the model in training: that is `--source`, and it
-makes DFT and PriFT-prob the same rule. The caller detaches the weights.
+Each is a rule for either source: q(y), H, R and u are the frozen prior's or the online model's. The
+signature is its options, the docstring its formula and source. Rules that compare two distributions
+are in comparing.py. The caller takes care that no gradient flows through weights.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prift.errors import OptionError
 from prift.stats import TokenStats
-
-SOURCES = ("prior", "online")
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A registered rule.
-
-    name      as given to --rule
-    needs     statistics it reads
-    function  (stats [N], **options) -> weights float32 [N]; of scope 'sequence':
-              (stats [N], sequence_N int64, **options)
-    scope     what one weight depends on: 'token', that token's statistics; 'sequence', those of
-              its sequence's label tokens; 'batch', those of all tokens it is given, which online
-              is one micro-batch on one device
-    signed    whether its weights may be negative
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    function: Callable[..., Tensor]
-    scope: str = "token"
-    signed: bool = False
-
-    def options(self) -> dict[str, inspect.Parameter]:
-        """Keyword options, by name."""
-        parameters = inspect.signature(self.function).parameters
-        return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-
-@dataclass(frozen=True, slots=True)
-class Weigher:
-    """A rule with its options and its source: what the loss calls.
-
-    source  'prior', 'online', or None for a rule that needs no statistics
-    """
-
-    rule: Rule
-    source: str | None
-    arguments: dict[str, Any]
-
-    def __call__(self, stats: TokenStats, sequence_N: Tensor | None = None) -> Tensor:
-        """Detached float32 weights [N], or a scalar where every token weighs the same.
-
-        sequence_N  int64: which sequence each token belongs to, for rules of that scope
-        """
-        given = (stats, sequence_N) if self.rule.scope == "sequence" else (stats,)
-        with torch.no_grad():
-            return self.rule.function(*given, **self.arguments).float()
-
-
-RULES: dict[str, Rule] = {}
-
-METHODS: dict[str, tuple[str, str | None]] = {
-    "sft": ("uniform", None),
-    "dft": ("prob", "online"),
-    "prift-prob": ("prob", "prior"),
-    "prift-mass": ("mass", "prior"),
-}
-"""--method: the rule and the source it stands for."""
-
-
-def rule(
-    name: str, needs: tuple[str, ...], scope: str = "token", signed: bool = False
-) -> Callable[[Callable], Callable]:
-    """Registers a rule function under `name`. See Rule."""
-
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        RULES[name] = Rule(name, needs, function, scope, signed)
-        return function
-
-    return register
+from prift.weigher import rule
 
 
 @rule("uniform", needs=())
@@ -100,10 +26,10 @@ def uniform(stats: TokenStats) -> Tensor:
 def prob(stats: TokenStats, *, power: float = 1.0) -> Tensor:
     """w = q(y)^power, in [0, 1].
 
-    From the prior: PriFT-prob (arXiv 2606.09396). From the online model: DFT (arXiv 2508.05629).
+    From the prior: PriFT-prob (arXiv 2606.09396). From the online model: DFT (arXiv 2508.05629),
+    and with another power the gradient of the loss (1 - p^power) / power (arXiv 2510.00526).
     """
-    if not 0 <= power < math.inf:
-        raise OptionError(f"--rule-arg power={power}: wanted a finite power of 0 or more.")
+    _check("power", power, 0, math.inf, "a finite power of 0 or more")
     return torch.exp(power * stats.logprob) if power else torch.ones_like(stats.logprob)
 
 
@@ -120,8 +46,7 @@ def mass(
     ties='official-code' tokens exactly as likely as y do not count, as in the authors' code
     (wang-kee/PriFT, prift_weights.py): u - (n_tie - 1) q(y), taken in float64.
     """
-    if not 0.0 <= threshold <= 1.0:
-        raise OptionError(f"--rule-arg threshold={threshold}: a probability mass is in [0, 1].")
+    _check("threshold", threshold, 0, 1, "a probability mass, in [0, 1]")
     if ties == "paper":
         bound = torch.tensor(threshold, dtype=torch.float64).log().float()
         return (stats.log_mass_rank >= bound).float()
@@ -130,36 +55,172 @@ def mass(
     return (score_N >= threshold).float()
 
 
-def weigher(name: str, source: str | None, arguments: Mapping[str, str]) -> Weigher:
-    """The rule `name` with options given as text (`--rule-arg k=v`).
+@rule("threshold", needs=("logprob",))
+def threshold(stats: TokenStats, *, low: float = 0.1, high: float = 1.0) -> Tensor:
+    """w = 1 where low <= q(y) <= high, else 0: ProFit (arXiv 2601.09195).
 
-    Raises OptionError for an unknown rule, source or option, or a value of the wrong kind.
+    Its 'higher' is low=t, its 'lower' low=0 and high=t, its 'middle' both.
     """
-    if name not in RULES:
-        raise OptionError(f"unknown rule {name!r}. Rules: {', '.join(RULES)}.")
-    found = RULES[name]
-    if found.needs and source not in SOURCES:
-        raise OptionError(f"rule {name} needs --source prior or --source online.")
-    options = found.options()
-    unknown = [k for k in arguments if k not in options]
-    if unknown:
-        known = ", ".join(f"{k}={p.default}" for k, p in options.items()) or "none"
-        raise OptionError(f"rule {name} has no argument {unknown[0]!r}. It takes: {known}.")
-    values = {k: _parse(name, k, v, options[k].annotation) for k, v in arguments.items()}
-    bound = Weigher(found, source if found.needs else None, values)
-    none = torch.zeros(0)
-    bound(TokenStats(**{n: none for n in found.needs}), none.long())  # bad values fail now
-    return bound
+    return _between(stats.logprob, low, high)
 
 
-def _parse(rule_name: str, key: str, text: str, kind: Any) -> Any:
-    if get_origin(kind) is Literal:
-        if text in get_args(kind):
-            return text
-        wanted = " or ".join(get_args(kind))
-    else:
-        try:
-            return kind(text)
-        except ValueError:
-            wanted = f"a {kind.__name__}"
-    raise OptionError(f"rule {rule_name}: {key}={text} is not {wanted}.")
+@rule("complement", needs=("logprob",))
+def complement(stats: TokenStats, *, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """w = 1 - q(y) where low <= q(y) <= high, else 0, in [0, 1].
+
+    The thresholded losses OnlyTopP (low=t) and OnlyBottomP (high=t) of arXiv 2510.00526.
+    """
+    return -torch.expm1(stats.logprob) * _between(stats.logprob, low, high)
+
+
+@rule("focal", needs=("logprob",))
+def focal(stats: TokenStats, *, gamma: float = 2.0) -> Tensor:
+    """w = (1 - q(y))^gamma, in [0, 1]: focal loss (arXiv 1708.02002), its weight held constant."""
+    _check("gamma", gamma, 0, math.inf, "a finite power of 0 or more")
+    return (-torch.expm1(stats.logprob)).pow(gamma)
+
+
+@rule("rank", needs=("rank",))
+def rank(stats: TokenStats, *, most: int = 10) -> Tensor:
+    """w = 1 where the rank of y is at most `most`, else 0; rank 1 is the most likely token."""
+    _check("most", most, 1, math.inf, "a rank, 1 or more")
+    return (stats.rank <= most).float()
+
+
+@rule("entropy", needs=("entropy",))
+def entropy(stats: TokenStats, *, low: float = 0.0, high: float = math.inf) -> Tensor:
+    """w = 1 where low <= H <= high, else 0; H is the entropy of the distribution in nats."""
+    _check("low", low, 0, math.inf, "an entropy in nats, 0 or more")
+    if not low <= high:
+        raise OptionError(f"--rule-arg high={high} is below low={low}.")
+    return ((stats.entropy >= low) & (stats.entropy <= high)).float()
+
+
+@rule("eaft", needs=("entropy_top20",))
+def eaft(stats: TokenStats, *, alpha: float = 1.0) -> Tensor:
+    """w = (H20 / 3)^alpha, in [0, 1): EAFT (arXiv 2601.02151).
+
+    H20 is the entropy in nats of the 20 most likely tokens, renormalised; 3 is about log 20.
+    """
+    _check("alpha", alpha, 0, math.inf, "a finite power of 0 or more")
+    return (stats.entropy_top20 / 3).pow(alpha)
+
+
+@rule("eaft-full", needs=("entropy",))
+def eaft_full(stats: TokenStats, *, alpha: float = 1.0) -> Tensor:
+    """w = (min(H, 3) / 3)^alpha, in [0, 1]: EAFT (arXiv 2601.02151) from the entropy of the whole
+    distribution in place of its 20 most likely tokens. An approximation, not the paper's rule."""
+    _check("alpha", alpha, 0, math.inf, "a finite power of 0 or more")
+    return (stats.entropy.clamp_max(3) / 3).pow(alpha)
+
+
+@rule("idft", needs=("logprob", "entropy"))
+def idft(stats: TokenStats, *, beta: float = 1.0, low: float = 0.1, high: float = 2.0) -> Tensor:
+    """w = q(y)^g, g = exp(-(log q(y) + H) / beta) held within [low, high]: IDFT
+    (arXiv 2602.12222), without its ramp over training."""
+    _check("beta", beta, math.ulp(0.0), math.inf, "a finite temperature above 0")
+    _check("low", low, 0, high, "a power of 0 or more, not above high")
+    power_N = torch.exp(-(stats.logprob + stats.entropy) / beta).clamp(low, high)
+    return _power(stats.logprob, power_N)
+
+
+@rule("deft", needs=("logprob", "collision"))
+def deft(stats: TokenStats) -> Tensor:
+    """w = q(y)^a, a = sum over tokens v of q(v)^2: DEFT (arXiv 2602.11424). The gradient of its
+    loss (1 - p^a) / a, a being constant."""
+    return _power(stats.logprob, stats.collision)
+
+
+@rule("deft-cayley", needs=("logprob",), scope="batch")
+def deft_cayley(stats: TokenStats) -> Tensor:
+    """w = q(y)^a, a = f + (1 - f) q(y) / (2 - q(y)) held within [0.001, 1], f half the mean of
+    q(y): the Cayley transform in the code of DEFT (arXiv 2602.11424)."""
+    q_N = stats.logprob.exp()
+    share = q_N.double().mean().float() / 2 if len(q_N) else 0.0
+    return _power(stats.logprob, (share + (1 - share) * q_N / (2 - q_N)).clamp(0.001, 1))
+
+
+@rule("talr", needs=("logprob",), scope="batch")
+def talr(stats: TokenStats, sequence_N: Tensor, *, floor: float = 0.01) -> Tensor:
+    """w = max(q(y)^(1 / t), floor), t the median over sequences of their mean -log q(y), at least
+    1e-6: TALR (arXiv 2509.20758).
+
+    As in a re-implementation (shankarp8/distillation-retains-capabilities): the authors' code is
+    not public, and whether they renormalise the weights could not be confirmed.
+    """
+    _check("floor", floor, 0, 1, "a weight, in [0, 1]")
+    if not len(stats.logprob):
+        return torch.zeros_like(stats.logprob)
+    _, own = sequence_N.unique(return_inverse=True)
+    counts = own.bincount().double()
+    means = torch.zeros_like(counts).index_add_(0, own, -stats.logprob.double()) / counts
+    temperature = means.quantile(0.5).clamp_min(1e-6)
+    return torch.exp(stats.logprob.double() / temperature).clamp_min(floor).float()
+
+
+@rule("ranktuner", needs=("logprob", "rank", "entropy"))
+def ranktuner(stats: TokenStats, *, factor: Literal["prob", "one"] = "prob") -> Tensor:
+    """w = f * (q(y) s)^-K, K = log2(x + 1)^-2, x = max(R, s), s = 2^(H / log 2) / 4 + 1: RankTuner
+    (arXiv 2602.01745) in its practical form; f is q(y), as for mathematics, or 1.
+
+    R is the rank of y and H its entropy in nats. The bound s on the expected rank is read from a
+    summary of the paper and not confirmed.
+    """
+    bound_N = torch.exp2(stats.entropy.double() / math.log(2)) / 4 + 1
+    power_N = torch.log2(torch.maximum(stats.rank.double(), bound_N) + 1) ** -2
+    own = 1.0 if factor == "prob" else 0.0
+    logs_N = own * stats.logprob.double() - power_N * (stats.logprob.double() + bound_N.log())
+    return logs_N.exp().float()
+
+
+@rule("ranktuner-exact", needs=("logprob", "rank", "expected_rank"))
+def ranktuner_exact(stats: TokenStats, *, factor: Literal["prob", "one"] = "prob") -> Tensor:
+    """w = f * 2^(g(E) - g(R)), g(x) = 1 / log2(x + 1), R the rank of y and E the expected rank:
+    RankTuner (arXiv 2602.01745) in its exact form; f is q(y), as for mathematics, or 1."""
+    expected_N, own_N = stats.expected_rank.double(), stats.rank.double()
+    tuned_N = torch.exp2(1 / torch.log2(expected_N + 1) - 1 / torch.log2(own_N + 1))
+    return (tuned_N * (stats.logprob.double().exp() if factor == "prob" else 1.0)).float()
+
+
+@rule("self-reference", needs=("logprob", "entropy"), scope="batch")
+def self_reference(
+    stats: TokenStats, *, by: Literal["loss", "entropy", "both"] = "both", keep: float = 0.75
+) -> Tensor:
+    """w = 1 for the share `keep` of tokens with the least loss -log q(y), the least entropy, or
+    both (the intersection), else 0: the self-reference of Rho-1 (arXiv 2404.07965, section 3.4).
+
+    That the least and not the largest are kept is this project's reading; the paper's appendix
+    could not be read.
+    """
+    _check("keep", keep, 0, 1, "a share, in [0, 1]")
+    kept = torch.ones_like(stats.logprob)
+    if by in ("loss", "both"):
+        kept = kept * largest(stats.logprob, keep)
+    return kept * largest(-stats.entropy, keep) if by in ("entropy", "both") else kept
+
+
+def largest(scores_N: Tensor, share: float) -> Tensor:
+    """float32 [N]: 1 for this share of the tokens with the largest scores, rounded, and for all
+    that equal the least of them; else 0."""
+    count = round(share * len(scores_N))
+    if not count:
+        return torch.zeros_like(scores_N, dtype=torch.float32)
+    least = scores_N.kthvalue(len(scores_N) - count + 1).values
+    return (scores_N >= least).float()
+
+
+def _between(logprob_N: Tensor, low: float, high: float) -> Tensor:
+    _check("low", low, 0, 1, "a probability, in [0, 1]")
+    _check("high", high, low, 1, "a probability, in [0, 1] and not below low")
+    low, high = (torch.tensor(b, dtype=torch.float64).log().float() for b in (low, high))
+    return ((logprob_N >= low) & (logprob_N <= high)).float()
+
+
+def _power(logprob_N: Tensor, power_N: Tensor) -> Tensor:
+    """q(y)^power; 0 where q(y) is."""
+    return torch.where(logprob_N.isneginf() & (power_N > 0), 0.0, torch.exp(power_N * logprob_N))
+
+
+def _check(name: str, value: float, least: float, most: float, wanted: str) -> None:
+    if not (least <= value <= most and value < math.inf):
+        raise OptionError(f"--rule-arg {name}={value}: wanted {wanted}.")

@@ -26,7 +26,7 @@ from prift.models import (
 )
 from prift.ranks import from_rank_zero
 from prift.request import choose_prior, digest, read_prior, request
-from prift.rules import Weigher
+from prift.weigher import Weigher
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def load_data(
                 raise
             trouble = str(error).splitlines()[0]
     elif needed:
-        raise OptionError(f"rule {options.weigher.rule.name} reads the prior: name a cache.")
+        raise OptionError(f"rule {options.weigher.name} reads the prior: name a cache.")
     tokenizer = options.spec.tokenizer_of(folder)
-    names = sorted({"logprob", *options.weigher.rule.needs})
+    names = sorted({"logprob", *options.weigher.needs})
     found: list[PriorDataset] = []
     for purpose, spec in specs:
         examples = spec.examples(tokenizer, config)
@@ -119,7 +119,7 @@ def load_data(
         if not prior:
             say(f"{purpose}: drift is not measured: {trouble}")
         cuts = needed and not found and _ends_do_not_matter(config)
-        cuts = cuts and options.weigher.rule.scope == "token"  # others see who is in the batch
+        cuts = cuts and options.weigher.scope == "token"  # others see who is in the batch
         found.append(PriorDataset(examples, prior, options.weigher if cuts else None))
     return TrainingData(found[0], found[1] if len(found) > 1 else None, tokenizer, identity)
 

@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from prift.errors import ModelError, PriftError
 from prift.output import last_checkpoint
-from prift.rules import Weigher
+from prift.weigher import Weigher
 
 
 class LastStepLogged(TrainerCallback):
@@ -60,7 +60,7 @@ class StepGuard(TrainerCallback, ExportableState):
     def _forbidden(self, weights_N: Tensor) -> Tensor:
         """bool [N]: NaN, infinite, or negative where the rule never is."""
         allowed = weights_N.isfinite()
-        return ~(allowed if self._weigher.rule.signed else allowed & (weights_N >= 0))
+        return ~(allowed if self._weigher.signed else allowed & (weights_N >= 0))
 
     def on_train_begin(
         self,
@@ -111,8 +111,8 @@ class StepGuard(TrainerCallback, ExportableState):
             model.zero_grad()  # every optimiser passes over a parameter that has no gradient
 
     def _name(self, seen: list[tuple[Tensor, Tensor, Callable[[int], str]]]) -> str:
-        name = self._weigher.rule.name
-        wanted = "finite" if self._weigher.rule.signed else "finite, 0 or more"
+        name = self._weigher.name
+        wanted = "finite" if self._weigher.signed else "finite, 0 or more"
         for _, weights_N, where in seen:
             for n in self._forbidden(weights_N).nonzero()[:1, 0].tolist():
                 return f"rule {name} weighs {where(n)} {float(weights_N[n])}; wanted {wanted}"

@@ -18,11 +18,12 @@ from prift.arguments import training_arguments
 from prift.dataset import PriorDataset, collate
 from prift.forward import install
 from prift.heads import body_of
+from prift.methods import METHODS, weigher
 from prift.packing import varlen_attention
 from prift.ranks import is_rank_zero
-from prift.rules import METHODS, Weigher, weigher
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
+from prift.weigher import Weigher
 from tests import references
 from tests.families import tiny
 from tests.grids import grid, labels_of
@@ -46,7 +47,7 @@ def dataset(chosen: Weigher) -> PriorDataset:
     kept = np.array([c == "1" for k in KEPT for c in k if c != "."])
     mass = np.where(kept, -0.1, -3.0).astype(np.float32)
     logprob = -random.uniform(0.1, 4, len(kept))
-    if chosen.rule.name == "prob":
+    if chosen.name == "prob":
         logprob[~kept] = -200.0  # a probability that float32 rounds to zero
     ones = np.ones(len(kept), np.int32)
     prior = {"logprob": logprob.astype(np.float32), "log_mass_rank": mass, "n_tie": ones}

@@ -7,8 +7,8 @@ from pathlib import Path
 from prift.arguments import training_arguments
 from prift.dataspec import DataSpec
 from prift.examples import TextOptions
+from prift.methods import METHODS, weigher
 from prift.precompute import Precomputed, PrecomputeOptions, precompute
-from prift.rules import METHODS, weigher
 from prift.train import Trained, train
 from prift.training_data import TrainOptions
 from tests.families import save
@@ -64,7 +64,7 @@ class Lab:
         arguments, given = training_arguments(
             output, {}, (defaults + " " + flags).split(), bool(options.get("eval_data"))
         )
-        chosen = weigher(*METHODS[method], rule_args or {})
+        chosen = weigher(*METHODS[method], rule_args or {}, allow_negative=True)
         spec = self.spec(**text or {})
         return train(
             TrainOptions(output=output, spec=spec, weigher=chosen, **options),

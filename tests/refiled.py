@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from prift.cache import PriorCache, list_priors
+from prift.methods import METHODS, weigher
 from prift.models import load_config, load_model
 from prift.request import request
-from prift.rules import METHODS, weigher
 from prift.stats import CORE
 from prift.training_data import TrainOptions, load_data
 from prift.writer import CacheWriter

@@ -7,8 +7,8 @@ from benchmarks import steps, train
 from benchmarks.gpu_train import end_to_end, flops, measured
 from benchmarks.peers import TRL, Padded
 from benchmarks.trainers import BATCH, FIXED, Whole
+from prift.methods import METHODS
 from prift.packing import varlen_attention
-from prift.rules import METHODS
 from tests.varlen import on_the_cpu
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prift.dataset import PriorDataset, collate
-from prift.rules import METHODS, weigher
+from prift.methods import METHODS, weigher
 from tests import cutting
 from tests.cutting import BATCH, KEPT, NOTHING_TO_RUN, STEPS
 from tests.test_request import examples

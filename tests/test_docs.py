@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 import pytest
 
-from prift.rules import METHODS, RULES
+from prift.methods import METHODS
 from prift.stats import CORE
+from prift.weigher import RULES
 from prift_cli import main
 from prift_cli.docs import commands, page
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prift.forward import Weighted, install, uninstall
-from prift.rules import METHODS, weigher
+from prift.methods import METHODS, weigher
 from tests.families import tiny
 from tests.test_ranks import TORCHRUN, run
 

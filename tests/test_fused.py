@@ -11,7 +11,7 @@ from torch.nn import functional
 from prift.fused import KERNELS, choose, misfit
 from prift.heads import Head
 from prift.loss import Kernel, weighted_loss
-from prift.rules import weigher
+from prift.methods import weigher
 from prift.stats import token_stats
 from tests.lab import Lab
 from tests.test_loss import case, check, given_weights, naive

@@ -7,8 +7,9 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from prift.errors import ModelError, PriftError
-from prift.rules import METHODS, RULES, rule, weigher
+from prift.methods import METHODS, weigher
 from prift.watch import StepGuard
+from prift.weigher import RULES, rule
 from tests import references
 from tests.test_wherever import FLAGS
 

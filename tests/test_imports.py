@@ -52,7 +52,10 @@ LAYERS = {
         "messages",
         "rows",
         "tokenizers",
+        "weigher",
         "rules",
+        "comparing",
+        "methods",
     },
     # the cache and the text, put together of their parts
     2: {"index", "cache", "writer", "formats", "encode", "chat", "output", "watch", "arguments"},
@@ -78,7 +81,7 @@ def source_of(folder: str) -> dict[str, Path]:
 
 
 PRODUCTS = {"errors", "home", "native", "products"}
-NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "rules"}
+NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "weigher"}
 CACHE = {"errors", "home", "identity", "spans", "parts", "newfile", "cache", "writer"}
 CACHE |= {"roots", "remote", "index"}
 TEXT = {"errors", "progress", "report", "messages", "rows", "tokenizers", "formats", "encode"}
@@ -92,7 +95,9 @@ REACH = {
     "heads": PRODUCTS,
     "headcheck": PRODUCTS | {"heads"},
     "fold": PRODUCTS | {"heads", "stats"},
-    "rules": {"errors", "stats"},
+    "weigher": {"errors", "stats"},
+    "rules": {"errors", "stats", "weigher"},
+    "comparing": {"errors", "stats", "weigher", "rules"},
     "loss": NUMBERS,
     "fused": NUMBERS | {"loss", "memory"},
     "packing": PRODUCTS | {"heads"},
@@ -175,7 +180,7 @@ def test_text_and_cache_know_no_tensors(name):
 def test_the_reader_of_imports_reads_them():
     assert {"training_data", "trainer", "output"} <= own_imports("train")
     assert "backends.hf" in own_imports("precompute")  # `from prift.backends import ... hf`
-    assert {"stats", "rules", "heads"} <= reachable("train")
+    assert {"stats", "weigher", "heads"} <= reachable("train")
 
 
 def test_training_never_reaches_a_backend():

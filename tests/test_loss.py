@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from prift import loss as loss_module
 from prift.heads import Head
 from prift.loss import weighted_loss
-from prift.rules import Rule, Weigher, weigher
+from prift.methods import weigher
 from prift.stats import TokenStats, token_stats
+from prift.weigher import Rule, Weigher
 
 H, V = 16, 203
 
@@ -25,7 +26,7 @@ def case(rows: int, seed: int, dtype=torch.float32, bias=True):
 def given_weights(values: torch.Tensor) -> tuple[Weigher, TokenStats]:
     """A weigher that gives these weights, whatever they are."""
     rule = Rule("given", ("logprob",), lambda stats: stats.logprob)
-    return Weigher(rule, "prior", {}), TokenStats(logprob=values)
+    return Weigher.of(rule, "prior"), TokenStats(logprob=values)
 
 
 def naive(hidden, weight, bias, targets, weights, scale=1.0, softcap=None):
@@ -89,9 +90,9 @@ def test_a_rule_that_looks_at_the_whole_batch_takes_two_passes(monkeypatch):
     monkeypatch.setattr(loss_module, "_CHUNK_ROWS", (1, 7))
     hidden, weight, bias, targets = case(41, seed=8)
     uncertain = Rule(
-        "uncertain", ("entropy",), lambda s: s.entropy > s.entropy.median(), scope="batch"
+        "uncertain", ("entropy",), lambda stats: stats.entropy > stats.entropy.median(), "batch"
     )
-    chosen = Weigher(uncertain, "online", {})
+    chosen = Weigher.of(uncertain, "online")
 
     def weights(z, y):
         return chosen(token_stats(z.float(), y))
@@ -112,7 +113,7 @@ def test_a_rule_that_looks_at_sequences_takes_two_passes(monkeypatch):
         total = torch.zeros(5).index_add_(0, sequence_N, stats.logprob)
         return total.mul(0.01).exp()[sequence_N]
 
-    chosen = Weigher(Rule("likelihood", ("logprob",), likelihood, "sequence"), "online", {})
+    chosen = Weigher.of(Rule("likelihood", ("logprob",), likelihood, "sequence"), "online")
 
     def weights(z, y):
         logprob = torch.log_softmax(z.double(), -1).gather(1, y[:, None])[:, 0]

@@ -16,10 +16,11 @@ from prift.arguments import training_arguments
 from prift.dataset import PriorDataset, collate
 from prift.errors import ModelError, OptionError
 from prift.forward import LabelTokens, Weighted, install
+from prift.methods import METHODS, weigher
 from prift.packcheck import check_packing
 from prift.packing import NAME, varlen_attention
-from prift.rules import METHODS, RULES, Rule, Weigher, weigher
 from prift.train import _check_kernel
+from prift.weigher import RULES, Rule, Weigher
 from tests import cli_fixtures as cli
 from tests import cutting
 from tests.cutting import BATCH, KEPT, NOTHING_TO_RUN, STEPS
@@ -140,10 +141,10 @@ def test_rules_of_sequence_scope_see_whose_each_token_is():
         return total.mul(0.01).exp()[sequence_N]
 
     assert_packs(
-        tiny("llama"), Weigher(Rule("l", ("logprob",), likelihood, "sequence"), "prior", {})
+        tiny("llama"), Weigher.of(Rule("l", ("logprob",), likelihood, "sequence"), "prior")
     )
     assert_packs(
-        tiny("llama"), Weigher(Rule("l", ("logprob",), likelihood, "sequence"), "online", {})
+        tiny("llama"), Weigher.of(Rule("l", ("logprob",), likelihood, "sequence"), "online")
     )
 
 

@@ -10,7 +10,7 @@ import transformers as tf
 
 from prift.errors import OptionError
 from prift.forward import Weighted, install, uninstall
-from prift.rules import weigher
+from prift.methods import weigher
 from tests import cli_fixtures as cli
 from tests.families import tiny
 

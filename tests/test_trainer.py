@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from prift.dataset import PriorDataset, collate
 from prift.heads import body_of
-from prift.rules import METHODS, weigher
+from prift.methods import METHODS, weigher
 from tests import references
 from tests.grids import labels_of, plain
 from tests.lab import Lab
@@ -160,4 +160,4 @@ def test_weights_of_the_rule_reach_the_loss(lab):
     lab.train("sft-again", "sft", flags)
     for a, b in zip(lab.history("all")[:3], lab.history("sft-again")[:3], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
-    assert weigher("mass", "prior", {"threshold": "0"}).arguments == {"threshold": 0.0}
+    assert weigher("mass", "prior", {"threshold": "0"}).factors[0].arguments == {"threshold": 0.0}

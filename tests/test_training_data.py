@@ -20,7 +20,7 @@ from prift.cache import PriorCache
 from prift.dataset import PriorDataset, collate
 from prift.forward import install
 from prift.request import digest, request
-from prift.rules import METHODS, weigher
+from prift.methods import METHODS, weigher
 from prift.trainer import PriftTrainer
 from prift.training_data import TrainOptions, load_data
 from prift.watch import StepGuard

@@ -1,0 +1,132 @@
+"""Weighers by name: what the options --method, --rule and --rule-arg stand for."""
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+import prift.comparing  # noqa: F401  registers its rules
+import prift.rules  # noqa: F401
+from prift.errors import OptionError
+from prift.stats import TokenStats
+from prift.weigher import RULES, SOURCES, Factor, Rule, Weigher
+
+METHODS: dict[str, tuple[str, str | None]] = {
+    "sft": ("uniform", None),
+    "dft": ("prob", "online"),
+    "prift-prob": ("prob", "prior"),
+    "prift-mass": ("mass", "prior"),
+}
+"""--method: the rule and the source it stands for."""
+
+
+def weigher(
+    name: str,
+    source: str | None,
+    arguments: Mapping[str, str],
+    *,
+    mix: float = 0.0,
+    least: float | None = None,
+    most: float | None = None,
+    allow_negative: bool = False,
+) -> Weigher:
+    """The rule `name` with options given as text (`--rule-arg k=v`).
+
+    name            of a rule; of several, 'prob*focal', whose weights are multiplied; or
+                    'package.module:function', a rule function of the caller's own
+    arguments       options of the rules; of one of several, 'prob.power' where more than one has it
+    mix, least, most  see Weigher
+    allow_negative  whether a rule whose weights may be negative is wanted
+
+    Raises OptionError for an unknown rule, source or option, or a value of the wrong kind.
+    """
+    rules = [_rule(word) for word in name.split("*")]
+    needed = any(found.needs for found in rules)
+    if needed and source not in SOURCES:
+        raise OptionError(f"rule {name} needs --source prior or --source online.")
+    factors = _factors(rules, arguments)
+    if not 0 <= mix <= 1:
+        raise OptionError(f"--mix {mix}: a share is in [0, 1].")
+    for option, bound in (("--min-weight", least), ("--max-weight", most)):
+        if bound is not None and not math.isfinite(bound):
+            raise OptionError(f"{option} {bound} is not a finite weight.")
+    if least is not None and most is not None and least > most:
+        raise OptionError(f"--min-weight {least} is above --max-weight {most}.")
+    bound = Weigher(factors, source if needed else None, mix, least, most)
+    if bound.signed and not allow_negative:
+        raise OptionError(
+            f"rule {name} may give negative weights, which push tokens away. Where that is meant, "
+            "add --allow-negative; or bound them with --min-weight 0."
+        )
+    none = torch.zeros(0)  # values out of range fail now
+    bound(*(TokenStats(**{n: none for n in bound.needs}), none.long()),
+          base=TokenStats(**{n: none for n in bound.base}))  # fmt: skip
+    return bound
+
+
+def _rule(name: str) -> Rule:
+    module, colon, function = name.partition(":")
+    if colon:
+        return _imported(module, function)
+    if name not in RULES:
+        raise OptionError(f"unknown rule {name!r}. Rules: {', '.join(RULES)}.")
+    return RULES[name]
+
+
+def _imported(module: str, function: str) -> Rule:
+    """A rule from the caller's own code, registered there by @rule or a plain function, which then
+    reads the core statistics."""
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OptionError(f"--rule {module}:{function} cannot be imported: {error}") from error
+    for known in RULES.values():
+        if known.function is found:
+            return replace(known, name=f"{module}:{function}")
+    raise OptionError(
+        f"--rule {module}:{function} is no rule: put @prift.weigher.rule(name, needs=...) on it."
+    )
+
+
+def _factors(rules: list[Rule], arguments: Mapping[str, str]) -> tuple[Factor, ...]:
+    values: list[dict[str, Any]] = [{} for _ in rules]
+    for key, text in arguments.items():
+        owner, dot, option = key.rpartition(".")
+        owners = [
+            i
+            for i, found in enumerate(rules)
+            if option in found.options() and (not dot or found.name == owner)
+        ]
+        if not owners:
+            raise OptionError(_unknown(rules, key))
+        if len(owners) > 1:
+            both = " and ".join(rules[i].name for i in owners)
+            raise OptionError(f"{both} both have {key!r}: say {rules[owners[0]].name}.{key}=...")
+        found = rules[owners[0]]
+        kind = found.options()[option].annotation
+        values[owners[0]][option] = _parse(found.name, option, text, kind)
+    return tuple(Factor(found, own) for found, own in zip(rules, values, strict=True))
+
+
+def _unknown(rules: list[Rule], key: str) -> str:
+    lines = []
+    for found in rules:
+        known = ", ".join(f"{k}={p.default}" for k, p in found.options().items()) or "none"
+        lines.append(f"rule {found.name} has no argument {key!r}. It takes: {known}.")
+    return "\n".join(lines)
+
+
+def _parse(rule_name: str, key: str, text: str, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if text in get_args(kind):
+            return text
+        wanted = " or ".join(get_args(kind))
+    else:
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = f"a {kind.__name__}"
+    raise OptionError(f"rule {rule_name}: {key}={text} is not {wanted}.")

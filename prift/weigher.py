@@ -1,0 +1,150 @@
+"""What a weighting rule is, and rules with their options: what turns statistics into weights.
+
+A rule sees flat label tokens [N]: no padding, no mask, no shift. It does not know whether its
+statistics come from the frozen prior or from the model in training: that is `--source`, and it
+makes DFT and PriFT-prob the same rule.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prift.stats import TokenStats
+
+SOURCES = ("prior", "online")
+SCOPES = ("token", "sequence", "batch")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule: a function whose positional parameters say what it looks at, and whose keyword-only
+    parameters are its options.
+
+    name      as given to --rule
+    needs     statistics it reads of the source
+    function  (stats, [base], [sequence_N], *, options) -> weights float32 [N], or a scalar where
+              every token weighs the same
+    scope     what one weight depends on: 'token', that token's statistics; 'sequence', those of
+              its sequence's label tokens; 'batch', those of all tokens it is given
+    signed    whether its weights may be negative
+    base      statistics it reads of a second distribution: the prior's where the source is the
+              model in training, the second prior's where it is the first
+
+    stats, base  TokenStats of N tokens; sequence_N  int64: which sequence each belongs to
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    function: Callable[..., Tensor]
+    scope: str = "token"
+    signed: bool = False
+    base: tuple[str, ...] = ()
+
+    def options(self) -> dict[str, inspect.Parameter]:
+        """Keyword options, by name."""
+        parameters = inspect.signature(self.function).parameters
+        return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    def given(self) -> list[str]:
+        """Names of what it is given, in order: 'stats', 'base', 'sequence_N'."""
+        parameters = inspect.signature(self.function).parameters
+        return [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A rule and the values of its options."""
+
+    rule: Rule
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Weigher:
+    """Rules with their options and their source: what gives each token its weight.
+
+    factors      their weights are multiplied
+    source       'prior', 'online', or None where no rule reads any statistics
+    mix          then (1 - mix) * w + mix: a share of plain SFT
+    least, most  then no less and no more than these
+    """
+
+    factors: tuple[Factor, ...]
+    source: str | None
+    mix: float = 0.0
+    least: float | None = None
+    most: float | None = None
+
+    @staticmethod
+    def of(rule: Rule, source: str | None, **arguments: Any) -> "Weigher":
+        """One rule alone."""
+        return Weigher((Factor(rule, arguments),), source)
+
+    @property
+    def name(self) -> str:
+        """Of the rules: 'prob', 'prob*focal'."""
+        return "*".join(factor.rule.name for factor in self.factors)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics it reads of the source."""
+        return tuple(dict.fromkeys(n for f in self.factors for n in f.rule.needs))
+
+    @property
+    def base(self) -> tuple[str, ...]:
+        """Statistics it reads of the second distribution; none where it looks at one alone."""
+        return tuple(dict.fromkeys(n for f in self.factors for n in f.rule.base))
+
+    @property
+    def scope(self) -> str:
+        """The widest of its rules'."""
+        return max((factor.rule.scope for factor in self.factors), key=SCOPES.index)
+
+    @property
+    def signed(self) -> bool:
+        """Whether its weights may be negative."""
+        negative = self.least is None or self.least < 0
+        return negative and any(factor.rule.signed for factor in self.factors)
+
+    def __call__(
+        self,
+        stats: TokenStats,
+        sequence_N: Tensor | None = None,
+        base: TokenStats | None = None,
+    ) -> Tensor:
+        """Detached float32 weights [N], or a scalar where every token weighs the same. See Rule."""
+        given = {"stats": stats, "base": base, "sequence_N": sequence_N}
+        weights = torch.ones(())
+        with torch.no_grad():
+            for factor in self.factors:
+                seen = [given[name] for name in factor.rule.given()]
+                found = factor.rule.function(*seen, **factor.arguments).float()
+                weights = weights.to(found.device) * found
+            if self.mix:
+                weights = weights.lerp(torch.ones_like(weights), self.mix)
+            if (self.least, self.most) != (None, None):
+                weights = weights.clamp(self.least, self.most)
+            return weights
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(
+    name: str,
+    needs: tuple[str, ...],
+    scope: str = "token",
+    signed: bool = False,
+    base: tuple[str, ...] = (),
+) -> Callable[[Callable], Callable]:
+    """Registers a rule function under `name`. See Rule."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        RULES[name] = Rule(name, needs, function, scope, signed, base)
+        return function
+
+    return register
