@@ -39,16 +39,23 @@ class Weighted:
 
     tokens     its label tokens, N of them
     prior      the prior's statistics [N] by name; may be empty
+    weights    float32 [N], where they are known beforehand
     every_nll  also compute the nll of tokens whose weight is zero
 
     Neither mapping nor dataclass, since wrappers look into those: FSDP2's mixed precision would
     round the statistics to bfloat16, and with them the weights.
     """
 
-    __slots__ = ("every_nll", "prior", "tokens")
+    __slots__ = ("every_nll", "prior", "tokens", "weights")
 
-    def __init__(self, tokens: LabelTokens, prior: dict[str, Tensor], every_nll: bool = False):
-        self.tokens, self.prior, self.every_nll = tokens, prior, every_nll
+    def __init__(
+        self,
+        tokens: LabelTokens,
+        prior: dict[str, Tensor],
+        every_nll: bool = False,
+        weights: Tensor | None = None,
+    ):
+        self.tokens, self.prior, self.weights, self.every_nll = tokens, prior, weights, every_nll
 
     @staticmethod
     def of(labels_BT: Tensor, prior_BT: dict[str, Tensor]) -> "Weighted":
@@ -118,6 +125,7 @@ def _loss(
         tokens.target,
         weigher,
         TokenStats(**weighted.prior),
+        weights_N=weighted.weights,
         sequence_N=tokens.sequence,
         every_nll=weighted.every_nll,
         kernel=kernel,

@@ -70,6 +70,7 @@ def weighted_loss(
     weigher: Weigher,
     prior: TokenStats | None,
     *,
+    weights_N: Tensor | None = None,
     sequence_N: Tensor | None = None,
     every_nll: bool = False,
     kernel: Kernel | None = None,
@@ -78,8 +79,10 @@ def weighted_loss(
 
     hidden_NH  hidden states that predict the targets [N, H]
     targets_N  int64 [N]
-    prior      statistics [N] of the same tokens, where the weigher's source is the prior
-    sequence_N int64 [N]: which sequence each token belongs to, for rules of that scope
+    prior      statistics [N] of the same tokens, where the weigher's source is the prior, or where
+               it compares the online model with the prior
+    weights_N  float32 [N], where they are known beforehand: the weigher is not asked
+    sequence_N int64 [N]: which sequence each token belongs to, for rules that ask for it
     every_nll  also compute `nll` of rows whose weight is zero, without gradient
     kernel     what makes the nll and its gradient, where it takes these tensors
     """
@@ -90,15 +93,15 @@ def weighted_loss(
         hidden_NH = hidden_NH.to(dtype)
         head = replace(head, weight=head.weight.to(dtype), bias=bias)
     with torch.autocast(device, enabled=False):
-        if weigher.source == "online":
-            weights = (
-                weigher
-                if weigher.scope == "token"
-                else _weigh_all(hidden_NH.detach(), head, targets_N, weigher, sequence_N)
-            )
-            return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights, kernel))
-        weights_N = weigher(prior or TokenStats(), sequence_N).to(hidden_NH.device)
-        weights_N = weights_N.expand(len(targets_N))
+        if weigher.source == "online" and weights_N is None:
+            online = _Online(weigher, prior or TokenStats(), sequence_N)
+            if weigher.scope == "token":
+                return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, online, kernel))
+            weights_N = online.all(hidden_NH.detach(), head, targets_N)
+            return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights_N, kernel))
+        if weights_N is None:
+            weights_N = weigher(prior or TokenStats(), sequence_N)
+        weights_N = weights_N.to(hidden_NH.device).expand(len(targets_N))
         nll_N = torch.full_like(weights_N, torch.nan)
         rows = weights_N.nonzero()[:, 0]
         loss, nll_N[rows], _ = _cross_entropy(
@@ -114,11 +117,39 @@ def weighted_loss(
         return LossOutput(loss, nll_N, weights_N)
 
 
+@dataclass(frozen=True, slots=True)
+class _Online:
+    """What weighs tokens by what the model in training thinks of them. Arguments: see
+    weighted_loss."""
+
+    weigher: Weigher
+    prior: TokenStats
+    sequence_N: Tensor | None
+
+    def rows(self, rows: slice, head: Head, h_CH: Tensor, y_C: Tensor, nll_C: Tensor) -> Tensor:
+        """Weights [C] of these rows. Of the statistics the logprob alone is known already; for
+        more the logits are made once more, since ties and ranks need them unrounded."""
+        if set(self.weigher.needs) <= {"logprob"}:
+            stats = TokenStats(logprob=(-nll_C).clamp_max(0))
+        else:
+            stats = Fold(head, names=self.weigher.needs)(h_CH, y_C)
+        sequence_C = None if self.sequence_N is None else self.sequence_N[rows]
+        base = self.prior.map(lambda values: values[rows].to(h_CH.device))
+        return self.weigher(stats, sequence_C, base).expand(len(y_C))
+
+    @torch.no_grad()
+    def all(self, hidden_NH: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+        """Weights [N] of rules that look at many tokens: a pass over the chunks of its own."""
+        stats = Fold(head, names=self.weigher.needs)(hidden_NH, targets_N)
+        base = self.prior.map(lambda values: values.to(hidden_NH.device))
+        return self.weigher(stats, self.sequence_N, base).expand(len(targets_N))
+
+
 def _cross_entropy(
     hidden_NH: Tensor,
     head: Head,
     targets_N: Tensor,
-    weights: Tensor | Weigher,
+    weights: Tensor | _Online,
     kernel: Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, nll [N], weights [N])."""
@@ -126,8 +157,8 @@ def _cross_entropy(
         nll_N = kernel.nll(hidden_NH, head, targets_N)
         if not isinstance(weights, Tensor):
             with torch.no_grad():
-                stats = _online_stats(head, hidden_NH, targets_N, nll_N, weights)
-                weights = weights(stats).expand(len(nll_N))
+                every = slice(0, len(nll_N))
+                weights = weights.rows(every, head, hidden_NH, targets_N, nll_N)
         return (nll_N * weights).sum(), nll_N.detach(), weights
     tensors = hidden_NH, head.weight, head.bias
     if not torch.is_grad_enabled():  # an autograd function is not told, and would make gradients
@@ -146,7 +177,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         targets_R: Tensor,
-        weights: Tensor | Weigher,
+        weights: Tensor | _Online,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         R, V = len(targets_R), weight_VH.shape[0]
@@ -165,7 +196,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             if isinstance(weights, Tensor):
                 weights_R[rows] = weights[rows]
             else:
-                weights_R[rows] = weights(_online_stats(head, h_CH, y_C, nll_R[rows], weights))
+                weights_R[rows] = weights.rows(rows, head, h_CH, y_C, nll_R[rows])
             if wanted:
                 grads.add(rows, chunk, weights_R[rows])
         ctx.grads = grads.hidden_RH, grads.weight_VH, grads.bias_V
@@ -213,25 +244,6 @@ class _Gradients:
                 add_turned(self.weight_VH[tile], g_CT, h_CH)
         if self.hidden_RH is not None:
             self.hidden_RH[rows] = grad_CH
-
-
-@torch.no_grad()
-def _weigh_all(
-    hidden_NH: Tensor, head: Head, targets_N: Tensor, weigher: Weigher, sequence_N: Tensor | None
-) -> Tensor:
-    """Weights [N] of a rule that looks at many tokens: a pass over the chunks of its own."""
-    stats = Fold(head, names=weigher.needs)(hidden_NH, targets_N)
-    return weigher(stats, sequence_N).expand(len(targets_N))
-
-
-def _online_stats(
-    head: Head, h_CH: Tensor, y_C: Tensor, nll_C: Tensor, weigher: Weigher
-) -> TokenStats:
-    """What the rule needs of the model in training. The logprob alone is known already; for more
-    the logits are made once more, since ties and ranks need them unrounded."""
-    if set(weigher.needs) <= {"logprob"}:
-        return TokenStats(logprob=(-nll_C).clamp_max(0))
-    return Fold(head, names=weigher.needs)(h_CH, y_C)
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
