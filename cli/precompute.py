@@ -103,8 +103,10 @@ def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
       prift precompute --model Qwen/Qwen2.5-1.5B --data train.jsonl --cache prior-cache
     """
     import json
+    from contextlib import nullcontext
     from dataclasses import asdict
 
+    from prift.backends import ray_data
     from prift.precompute import PrecomputeOptions
     from prift.precompute import precompute as run
 
@@ -113,7 +115,8 @@ def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
     model, cache = options.pop("model"), options.pop("cache")
     options["compiled"] = options.pop("compile")
     del options["config"], options["debug"]
-    result = run(model, spec, cache, PrecomputeOptions(**options), say)
+    with ray_data.session() if options["engine"] == "ray" else nullcontext():
+        result = run(model, spec, cache, PrecomputeOptions(**options), say)
     if json_output:
         click.echo(json.dumps(asdict(result)))
         return

@@ -4,10 +4,13 @@ Where workers run, which gets what, and what becomes of the share of one that di
 statistics come back here and are written here, so the machines need to share the model only.
 """
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,15 @@ class _Pool:
     device: str
 
 
+class RayWorker(Worker):
+    """The class that Ray Data makes an actor of."""
+
+    def __init__(self, job: Job):
+        import ray
+
+        super().__init__(job, ray.get_runtime_context().was_current_actor_reconstructed)
+
+
 class RayScorer:
     """A backends.Scorer. What workers say is told once."""
 
@@ -120,7 +132,7 @@ class RayScorer:
             shares.append(ray.put(sequences_table(index, *chosen)))
         pool = self._pool
         data = ray.data.from_arrow_refs(shares).map_batches(
-            Worker,
+            RayWorker,
             fn_constructor_args=(replace(self._job, names=names),),
             batch_size=rows,
             batch_format="pyarrow",
@@ -153,6 +165,18 @@ def check_installed() -> None:
         raise OptionError(
             f"--engine ray needs Ray Data ({first_line(error)}): pip install 'prift[ray]'"
         ) from error
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """For a command: it leaves Ray at the end, and its stdout is the result's alone. A thread of
+    Ray's prints there what befalls workers; that goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield
+        finally:
+            if "ray" in sys.modules:
+                sys.modules["ray"].shutdown()
 
 
 def _connect() -> None:

@@ -1,5 +1,5 @@
 """What one Ray worker does: loads the prior once, then turns tables of sequences into tables of
-statistics. Knows Arrow and a scorer; of Ray only whether it was started anew.
+statistics. Knows Arrow and a scorer; nothing of Ray.
 
 What a user has to mend, and what the scorer says, comes back as notes: rows beside the statistics.
 An exception would cost what the worker had finished, and Ray would show a traceback for it.
@@ -7,7 +7,7 @@ An exception would cost what the worker had finished, and Ray would show a trace
 
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,14 @@ class Job:
 
 
 class Worker:
-    """The class that Ray Data makes an actor of. See `sequences_table` for what it takes and
-    `results` for what becomes of its answers."""
+    """Takes what `sequences_table` makes; `results` reads its answers.
 
-    def __init__(self, job: Job):
+    successor  of a worker that died
+    """
+
+    def __init__(self, job: Job, successor: bool = False):
         self._job, self._notes = job, []
-        if _started_anew():
+        if successor:
             self._say(f"a Ray worker died on {socket.gethostname()}; Ray has started another")
         try:
             self._scorer = _load(job, self._say)
@@ -85,14 +87,7 @@ class Worker:
         return _results_table(rows, notes, self._job.names)
 
 
-def _started_anew() -> bool:
-    import ray
-
-    context = ray.get_runtime_context()
-    return context.get_actor_id() is not None and context.was_current_actor_reconstructed
-
-
-def _load(job: Job, say: Any) -> Scorer:
+def _load(job: Job, say: Callable[[str], None]) -> Scorer:
     """The scorer. Raises ModelError, and where this machine has another model than the driver."""
     folder = locate(job.model, trust_remote_code=job.trust_remote_code)
     config = load_config(folder, job.trust_remote_code)
