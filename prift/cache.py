@@ -10,7 +10,8 @@ Writers need no lock. This module knows no text and no model.
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from prift.errors import CacheError, MissingPrior
 from prift.identity import PriorIdentity
 from prift.index import Index, PartIndex
 from prift.remote import open_root
-from prift.roots import IDENTITY, Root
+from prift.roots import IDENTITY, Part, Root
 
 _LISTINGS = 5  # of the parts, while others compact them
+_AT_ONCE = 8  # downloads
 
 
 def sequence_key(input_ids: np.ndarray) -> bytes:
@@ -33,10 +35,12 @@ def sequence_key(input_ids: np.ndarray) -> bytes:
 def list_priors(root: str | Path | Root) -> dict[str, PriorIdentity]:
     """Every prior in the cache by its id. An absent root holds none. Raises CacheError."""
     root = root if isinstance(root, Root) else open_root(root)
-    found = {}
-    for prior in root.priors():
+    found, priors = {}, root.priors()
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        texts = list(pool.map(root.identity, priors))
+    for prior, text in zip(priors, texts, strict=True):
         file = f"{root.where(prior)}/{IDENTITY}"
-        found[prior] = identity = PriorIdentity.parse(root.identity(prior), file)
+        found[prior] = identity = PriorIdentity.parse(text, file)
         if identity.id != prior:
             raise CacheError(f"{file} does not belong there: it describes prior {identity.id}")
     return found
@@ -51,10 +55,11 @@ class PriorCache:
     values = cache.read(keys, wanted_spans, ("logprob",))["logprob"]
 
     The hash of a part is checked before its statistics are used for the first time. Raises
-    CacheError for a part that is none.
+    CacheError for a part that is none, and for what `PriorIdentity.refusal` refuses.
     """
 
     def __init__(self, root: str | Path | Root, identity: PriorIdentity):
+        identity.check()
         self.root = root if isinstance(root, Root) else open_root(root)
         self.identity = identity
         self.folder = self.root.where(identity.id)
@@ -64,21 +69,57 @@ class PriorCache:
         self._index = Index([])
         self.refresh()
 
-    def refresh(self) -> None:
-        """Lists the parts again: sees what others have written, and what they have compacted."""
+    def refresh(self, own: Set[str] = frozenset()) -> None:
+        """Lists the parts again: sees what others have written, and what they have compacted.
+
+        own  names of parts whose coming or going alone is no reason to look
+        """
         for last in (*[False] * (_LISTINGS - 1), True):
             listed = self.root.parts(self.identity.id)
-            if [part.name for part in listed] == sorted(self._parts):
+            if {part.name for part in listed} - own == self._parts.keys() - own:
                 return
             try:
-                paths = {part.name: self.root.fetch(self.identity.id, part) for part in listed}
-                found = {n: self._parts.get(n) or PartIndex.read(p) for n, p in paths.items()}
+                with ThreadPoolExecutor(_AT_ONCE) as pool:
+                    found = list(pool.map(self._opened, listed))
             except CacheError:
                 if last or listed == self.root.parts(self.identity.id):
                     raise
                 continue  # a part was taken away between the listing and its reading
-            self._paths, self._parts, self._index = paths, found, Index(list(found.values()))
+            self._paths = {index.name: path for path, index in found}
+            self._parts = {index.name: index for _, index in found}
+            self._index = Index(list(self._parts.values()))
             return
+
+    def _opened(self, part: Part) -> tuple[Path, PartIndex]:
+        """Where the part, or the copy of it, lies, and its rows."""
+        path = self.root.fetch(self.identity.id, part)
+        if part.name in self._parts:
+            return path, self._parts[part.name]
+        try:
+            return path, PartIndex.read(path)
+        except CacheError:
+            if not self.root.forget(self.identity.id, part.name):
+                raise
+            return path, PartIndex.read(self.root.fetch(self.identity.id, part))
+
+    def _forget_gone(self) -> bool:
+        """Whether parts, or copies of them, are gone that were there; forgets them."""
+        gone = [name for name, path in self._paths.items() if not path.exists()]
+        for name in gone:
+            del self._paths[name], self._parts[name]
+            self._checked.discard(name)
+        if gone:
+            self._index = Index(list(self._parts.values()))
+        return bool(gone)
+
+    @property
+    def parts(self) -> Mapping[str, PartIndex]:
+        """What each part holds, by its name, as of the last listing."""
+        return self._parts
+
+    def path(self, name: str) -> Path:
+        """Where a listed part, or the copy of it, lies on this disk."""
+        return self._paths[name]
 
     def __len__(self) -> int:
         """Rows stored, duplicates included."""
@@ -93,6 +134,7 @@ class PriorCache:
         wanted  N arrays of spans: the positions asked for
         names   statistics asked for
         """
+        self.identity.check(names)
         return np.flatnonzero(self._index.find(keys, *spans.flat(wanted), names) < 0).tolist()
 
     def read(
@@ -103,12 +145,13 @@ class PriorCache:
         Raises MissingPrior where a sequence has no row (use `missing` to say which), CacheError
         where a part does not match the hash in its name or a row contradicts its own spans.
         """
+        self.identity.check(names)
         flat, counts = spans.flat(wanted)
         for last in (*[False] * (_LISTINGS - 1), True):
             try:
                 return self._read(keys, flat, counts, names)
             except CacheError:
-                if last or all(path.exists() for path in self._paths.values()):
+                if last or not self._forget_gone():
                     raise
                 self.refresh()  # a part is gone: compacted, if its rows are in others now
                 if (self._index.find(keys, flat, counts, names) < 0).any():
@@ -145,7 +188,11 @@ class PriorCache:
         rows, group = each one's row group."""
         index, path = self._index, self._paths[name]
         if name not in self._checked:
-            parts.check_hash(path)
+            try:
+                parts.check_hash(path)
+            except CacheError:
+                self.root.forget(self.identity.id, name)
+                raise
             self._checked.add(name)
         within = [index.groups[g][1] for g in needed]
         for g, values in zip(needed, parts.read_row_groups(path, list(out), within), strict=True):

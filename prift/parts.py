@@ -4,7 +4,6 @@ A part's name ends in the hash of its bytes, so that it says itself whether it i
 whole file was hashed nothing in it is believed: what pyarrow makes of damage becomes a CacheError.
 """
 
-import hashlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prift.errors import CacheError
+from prift.roots import digest_in, digest_of_file
 
 COLUMN_TYPES = {
     "logprob": np.float32,
@@ -82,15 +82,14 @@ def part_columns(path: Path) -> tuple[tuple[str, ...], bool]:
 def check_hash(path: Path) -> None:
     """Raises CacheError where the part's bytes are not those its name promises."""
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = digest_of_file(path)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if digest[:32] != path.stem.rpartition("-")[2]:
+    if digest[:32] != digest_in(path.name):
         raise damaged(path, "its content does not match the hash in its name")
 
 
-def damaged(path: Path, why: str) -> CacheError:
+def damaged(path: Path | str, why: str) -> CacheError:
     """The error for a part that must not be used, with what to do about it."""
     return CacheError(
         f"{path} is damaged: {why}. Delete the file and run the same `prift precompute` command "

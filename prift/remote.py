@@ -1,27 +1,38 @@
-"""A cache in an object store: parts are downloaded once and kept, and uploaded in one piece.
+"""A cache in an object store: parts are downloaded once and kept, and uploaded whole.
 
-    root = open_root("s3://bucket/team/cache")
-
-S3 and Google's store through pyarrow, anything else through fsspec (hf:// with huggingface_hub).
-What fails is tried again a few times; then it is an error, and nothing half-written is visible.
+root = open_root("s3://bucket/team/cache")
 """
 
+import contextlib
 import hashlib
+import re
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
 
 from prift.errors import CacheError
 from prift.home import cache_home
 from prift.newfile import NewFile
-from prift.roots import IDENTITY, OpenPart, Part, Root, digest_in, digest_of, write_whole
+from prift.parts import damaged
+from prift.roots import (
+    CLAIMS,
+    IDENTITY,
+    MAX_IDENTITY,
+    OpenPart,
+    Part,
+    Root,
+    digest_in,
+    digest_of_file,
+    time_in,
+    write_whole,
+)
+from prift.stores import Store
 
-T = TypeVar("T")
-
-_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before the further tries
-_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+_KEPT_SECONDS = 24 * 3600.0  # copies of parts that are gone: others may still read them
+_AT_ONCE = 16  # small requests
 
 
 class RemoteRoot(Root):
@@ -29,76 +40,111 @@ class RemoteRoot(Root):
     they may be deleted at any time."""
 
     def __init__(self, url: str):
-        split = urlsplit(url)
-        bare = f"{split.scheme}://{split.netloc.rpartition('@')[2]}{split.path}".rstrip("/")
-        place = hashlib.sha256(f"{bare}?{split.query}".encode()).hexdigest()[:16]
+        self._store = Store(url)
+        place = f"{self._store.name}?{urlsplit(url).query}"
+        place = hashlib.sha256(place.encode()).hexdigest()[:16]
         super().__init__(cache_home() / "copies" / place)
-        self.name = bare
-        self._store, self._path = _file_system(url, bare)
+        self.name = self._store.name
 
     def priors(self) -> list[str]:
-        return sorted(
-            info.base_name
-            for info in self._list(self._path)
-            if info.type.name == "Directory" and self._info(info.base_name, IDENTITY).size
-        )
+        names = [i.base_name for i in self._store.list() if i.type.name == "Directory"]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            sizes = list(pool.map(lambda name: self._store.size(f"{name}/{IDENTITY}"), names))
+        return sorted(name for name, size in zip(names, sizes, strict=True) if size)
 
     def identity(self, prior: str) -> str:
+        copy = self.folder / prior / IDENTITY
+        if re.fullmatch("[0-9a-f]{16}", prior):  # as the hash of what it holds, it never changes
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                if digest_of_file(copy)[:16] == prior:
+                    return copy.read_text(encoding="utf-8")
+        place = f"{self.where(prior)}/{IDENTITY}"
+        if (size := self._store.size(f"{prior}/{IDENTITY}")) > MAX_IDENTITY:
+            raise CacheError(f"{place} is no prior's identity: {size:,} bytes")
+        data = self._store.get(f"{prior}/{IDENTITY}")
         try:
-            return self._get(prior, IDENTITY).decode()
+            text = data.decode()
         except UnicodeDecodeError as error:
-            raise CacheError(f"{self.where(prior)}/{IDENTITY} cannot be read: {error}") from error
+            raise CacheError(f"{place} cannot be read: {error}") from error
+        if hashlib.sha256(data).hexdigest()[:16] == prior:
+            with contextlib.suppress(OSError):  # it only saves a request
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(copy.parent, IDENTITY, data)
+        return text
 
     def parts(self, prior: str) -> list[Part]:
         found = [
-            Part(info.base_name, info.size, info.mtime.timestamp() if info.mtime else 0.0)
-            for info in self._list(f"{self._path}/{prior}/parts")
+            Part(
+                info.base_name,
+                info.size,
+                info.mtime.timestamp() if info.mtime else time_in(info.base_name),
+            )
+            for info in self._store.list(f"{prior}/parts")
             if info.is_file
             and info.base_name.endswith(".parquet")
             and not info.base_name.startswith(".")
         ]
+        self._prune(prior, {part.name for part in found})
         return sorted(found, key=lambda part: part.name)
 
+    def _prune(self, prior: str, listed: set[str]) -> None:
+        """Takes away old copies of parts that the store has no more."""
+        old = time.time() - _KEPT_SECONDS
+        for copy in self.parts_folder(prior).glob("[!.]*.parquet"):
+            with contextlib.suppress(OSError):
+                if copy.name not in listed and copy.lstat().st_mtime < old:
+                    copy.unlink()
+
     def fetch(self, prior: str, part: Part) -> Path:
-        copy = super().fetch(prior, part)
-        try:
+        copy = self.parts_folder(prior) / part.name
+        with contextlib.suppress(OSError):
             if copy.stat().st_size == part.size:
                 return copy
-        except OSError:
-            pass
-        data = self._get(prior, "parts", part.name)
-        if digest_of(data) != digest_in(part.name):
-            raise CacheError(
-                f"{self.where(prior, part.name)} is damaged: its content does not match the hash "
-                "in its name. Delete it and run the same `prift precompute` command again; only "
-                "its rows are scored anew."
-            )
+        place = self.where(prior, part.name)
         try:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            return write_whole(copy.parent, part.name, data)
+            file = self._store.download(f"{prior}/parts/{part.name}", copy.parent)
+            if file.sha256()[:32] != digest_in(part.name):
+                file.abandon()
+                raise damaged(place, "its content does not match the hash in its name")
+            return file.publish(part.name)
         except OSError as error:
             raise CacheError(
-                f"no room for a copy of {self.where(prior, part.name)} in {copy.parent}: "
-                f"{error.strerror}. XDG_CACHE_HOME says where copies lie."
+                f"no room for a copy of {place} in {copy.parent}: {error.strerror}. "
+                "XDG_CACHE_HOME says where copies lie."
             ) from error
 
+    def forget(self, prior: str, name: str) -> bool:
+        copy = self.parts_folder(prior) / name
+        try:
+            if digest_of_file(copy)[:32] != digest_in(name):
+                copy.unlink()
+                return True
+        except FileNotFoundError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def source(self, prior: str, part: Part) -> OpenPart:
-        path = f"{self._path}/{prior}/parts/{part.name}"
-        file = self._tried(lambda: self._store.open_input_file(path))
+        file = self._store.open(f"{prior}/parts/{part.name}")
         return OpenPart(file, part.name, self.where(prior, part.name))
 
     def content(self, prior: str, part: Part) -> bytes:
-        return self._get(prior, "parts", part.name)
+        return self._store.get(f"{prior}/parts/{part.name}")
+
+    def download(self, prior: str, part: Part, folder: Path) -> NewFile:
+        return self._store.download(f"{prior}/parts/{part.name}", folder)
 
     def begin(self, prior: str, identity: str) -> None:
         self.parts_folder(prior).mkdir(parents=True, exist_ok=True)
-        if not self._info(prior, IDENTITY).size:
-            self._put(identity.encode(), prior, IDENTITY)
+        if not self._store.size(f"{prior}/{IDENTITY}"):
+            self._store.put(f"{prior}/{IDENTITY}", identity.encode())
 
     def publish(self, prior: str, file: NewFile, name: str) -> Path:
         copy = file.publish(name)
         try:
-            self._put(copy.read_bytes(), prior, "parts", name)
+            with pa.memory_map(str(copy)) as mapped:
+                self._store.put(f"{prior}/parts/{name}", mapped.read_buffer())
         except BaseException:
             copy.unlink(missing_ok=True)
             raise
@@ -106,94 +152,48 @@ class RemoteRoot(Root):
 
     def remove(self, prior: str, name: str) -> None:
         super().remove(prior, name)
-        self._delete(prior, "parts", name)
+        self._store.delete(f"{prior}/parts/{name}")
 
     def remove_prior(self, prior: str) -> None:
-        self._delete(prior, IDENTITY)
+        self._store.delete(f"{prior}/{IDENTITY}")
         for part in self.parts(prior):
             self.remove(prior, part.name)
+        for name in self.claims(prior):
+            self.release(prior, name)
 
-    def _info(self, *names: str) -> Any:
-        path = "/".join([self._path, *names])
-        return self._tried(lambda: self._store.get_file_info(path))
+    def claim(self, prior: str, name: str, owner: str) -> bool:
+        """As Root's; of two that ask at the same moment both may get it."""
+        if self.name.startswith("hf://"):
+            return True  # each would be a commit
+        if self._store.size(f"{prior}/{CLAIMS}/{name}"):
+            return False
+        self._store.put(f"{prior}/{CLAIMS}/{name}", owner.encode())
+        return True
 
-    def _list(self, path: str) -> list[Any]:
-        from pyarrow.fs import FileSelector
+    def claimant(self, prior: str, name: str) -> str | None:
+        try:
+            if not self._store.size(f"{prior}/{CLAIMS}/{name}"):
+                return None
+            return self._store.get(f"{prior}/{CLAIMS}/{name}").decode(errors="replace")
+        except CacheError:
+            return None
 
-        chosen = FileSelector(path, allow_not_found=True)
-        return self._tried(lambda: self._store.get_file_info(chosen))
+    def claims(self, prior: str) -> dict[str, float]:
+        listed = [info for info in self._store.list(f"{prior}/{CLAIMS}") if info.is_file]
+        return {i.base_name: i.mtime.timestamp() if i.mtime else time.time() for i in listed}
 
-    def _get(self, *names: str) -> bytes:
-        path = "/".join([self._path, *names])
-
-        def get() -> bytes:
-            with self._store.open_input_file(path) as file:
-                return file.read()
-
-        return self._tried(get)
-
-    def _put(self, data: bytes, *names: str) -> None:
-        path = "/".join([self._path, *names])
-
-        def put() -> None:
-            with self._store.open_output_stream(path) as file:
-                file.write(data)
-            if (found := self._store.get_file_info(path).size) != len(data):
-                raise OSError(f"{found} bytes arrived of {len(data)}")
-
-        self._tried(put)
-
-    def _delete(self, *names: str) -> None:
-        path = "/".join([self._path, *names])
-
-        def delete() -> None:
-            if self._store.get_file_info(path).is_file:
-                self._store.delete_file(path)
-
-        self._tried(delete)
-
-    def _tried(self, ask: Callable[[], T]) -> T:
-        """The answer, after several tries where it takes them. Raises CacheError."""
-        for pause in (*_PAUSES, None):
-            try:
-                return ask()
-            except _HOPELESS as error:
-                raise CacheError(f"{self.name}: {error}") from error
-            except OSError as error:
-                if pause is None:
-                    raise CacheError(
-                        f"{self.name} does not answer ({len(_PAUSES) + 1} tries): {error}. What "
-                        "was finished is kept; run the same command again."
-                    ) from error
-                time.sleep(pause)
-        raise AssertionError
+    def release(self, prior: str, name: str) -> None:
+        self._store.delete(f"{prior}/{CLAIMS}/{name}")
 
 
 def open_root(where: str | Path) -> Root:
     """The root at a path or a URL. Nothing is read or made. Raises CacheError for a URL that no
     file system is known for."""
-    scheme, _, rest = str(where).partition("://")
-    if not rest:
+    if "://" not in str(where):
         return Root(Path(where).expanduser())
-    if scheme == "file":
-        return Root(Path(urlsplit(str(where)).path))
-    return RemoteRoot(str(where))
-
-
-def _file_system(url: str, bare: str) -> tuple[Any, str]:
-    """(pyarrow file system, path in it). Raises CacheError."""
-    from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
-
-    try:
-        if url.startswith(("s3://", "gs://", "gcs://")):
-            store, path = FileSystem.from_uri(url)
-        else:
-            import fsspec
-
-            inner, path = fsspec.url_to_fs(url)
-            store = PyFileSystem(FSSpecHandler(inner))
-    except (ValueError, ImportError, OSError) as error:
-        raise CacheError(
-            f"--cache {bare}: {error}. Wanted a folder, or a URL s3://, gs://, hf:// or file://."
-        ) from error
-    return store, path.rstrip("/")
+    split = urlsplit(str(where))
+    if split.scheme != "file":
+        return RemoteRoot(str(where))
+    if split.netloc not in ("", "localhost") or not split.path:
+        raise CacheError(f"{where} names no folder of this machine: write file:///path")
+    return Root(Path(unquote(split.path)))

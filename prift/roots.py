@@ -9,8 +9,12 @@ Knows names, bytes and hashes; knows no Parquet.
 
 import contextlib
 import hashlib
+import os
 import shutil
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +22,11 @@ from prift.errors import CacheError
 from prift.newfile import NewFile
 
 IDENTITY = "prior.json"
+MAX_IDENTITY = 1 << 16
+"""Bytes of a prior.json; larger ones are none."""
+_BLOCK = 1 << 23  # bytes copied at once
+CLAIMS = "claims"
+"""Folder of notes on who works on what, so that few work on the same. Nothing depends on them."""
 
 
 class OpenPart:
@@ -37,7 +46,8 @@ class OpenPart:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A file below a prior's parts/: its name, bytes, and when it was written (Unix seconds)."""
+    """A file below a prior's parts/: its name, bytes, and when it was written (Unix seconds; 0
+    where nobody knows)."""
 
     name: str
     size: int
@@ -72,7 +82,13 @@ class Root:
         """The text of its prior.json. Raises CacheError where there is none."""
         file = self.folder / prior / IDENTITY
         try:
-            return file.read_text(encoding="utf-8")
+            # No link is followed, and nothing waits for a pipe: a cache is data from others.
+            handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(handle, "rb") as opened:
+                data = opened.read(MAX_IDENTITY + 1)
+            if len(data) > MAX_IDENTITY:
+                raise CacheError(f"{file} is no prior's identity: it is too large")
+            return data.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise CacheError(f"{file} cannot be read: {error}") from error
 
@@ -81,13 +97,23 @@ class Root:
         found = []
         for path in sorted(self.parts_folder(prior).glob("[!.]*.parquet")):
             with contextlib.suppress(FileNotFoundError):  # taken away just now
-                status = path.stat()
+                status = path.lstat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise CacheError(
+                        f"{path} is not a file of its own: prift follows no links out of a cache. "
+                        "Put a copy in its place, or delete it."
+                    )
                 found.append(Part(path.name, status.st_size, status.st_mtime))
         return found
 
     def fetch(self, prior: str, part: Part) -> Path:
         """A local file with the part's bytes."""
         return self.parts_folder(prior) / part.name
+
+    def forget(self, prior: str, name: str) -> bool:
+        """Whether the file that `fetch` gave was a copy that is damaged or gone, which the next
+        `fetch` makes anew."""
+        return False
 
     def source(self, prior: str, part: Part) -> "Path | OpenPart":
         """What `prift.parts` reads a little of the part from; nothing is copied."""
@@ -97,6 +123,30 @@ class Root:
         """The part's bytes as they lie in the cache, whatever a copy of them says."""
         try:
             return (self.parts_folder(prior) / part.name).read_bytes()
+        except OSError as error:
+            raise CacheError(
+                f"cannot read {self.where(prior, part.name)}: {error.strerror}"
+            ) from error
+
+    def download(self, prior: str, part: Part, folder: Path) -> NewFile:
+        """The part's bytes as they lie in the cache, in a new file of `folder`, which is made where
+        it is absent. Nothing is visible there yet. Raises CacheError for what cannot be read,
+        OSError for what cannot be written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = NewFile(folder)
+        try:
+            for block in self._blocks(prior, part):
+                file.write(block)
+        except BaseException:
+            file.abandon()
+            raise
+        return file
+
+    def _blocks(self, prior: str, part: Part) -> Iterator[bytes]:
+        try:
+            with open(self.parts_folder(prior) / part.name, "rb") as source:
+                while block := source.read(_BLOCK):
+                    yield block
         except OSError as error:
             raise CacheError(
                 f"cannot read {self.where(prior, part.name)}: {error.strerror}"
@@ -117,6 +167,51 @@ class Root:
         """Takes a part away; one that is gone already is no error. Raises OSError."""
         (self.parts_folder(prior) / name).unlink(missing_ok=True)
 
+    def claim(self, prior: str, name: str, owner: str) -> bool:
+        """Leaves a note that `owner` works on something; False where there is one already. Raises
+        OSError."""
+        note = self._note(prior, name)
+        for last in (*[False] * 9, True):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(note, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                if last:
+                    raise
+                continue  # another has just removed the folder, which was empty
+            with open(handle, "w") as file:
+                file.write(owner)
+            return True
+        raise AssertionError
+
+    def claimant(self, prior: str, name: str) -> str | None:
+        """Who left the note; "" while it is being written, None where there is none."""
+        try:
+            return self._note(prior, name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+
+    def claims(self, prior: str) -> dict[str, float]:
+        """All notes: their names, and when they were written (Unix seconds)."""
+        found = {}
+        for path in (self.folder / prior / CLAIMS).glob("*"):
+            with contextlib.suppress(OSError):
+                found[path.name] = path.stat().st_mtime
+        return found
+
+    def release(self, prior: str, name: str) -> None:
+        """Takes a note away; one that is gone already is no error. Raises OSError."""
+        note = self._note(prior, name)
+        note.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others' notes, or parts, are there
+            note.parent.rmdir()
+            note.parent.parent.rmdir()
+
+    def _note(self, prior: str, name: str) -> Path:
+        return self.folder / prior / CLAIMS / name
+
     def remove_prior(self, prior: str) -> None:
         """Takes a prior away, prior.json first: a reader that comes now finds none. Raises
         OSError."""
@@ -129,9 +224,19 @@ def digest_in(name: str) -> str:
     return name.removesuffix(".parquet").rpartition("-")[2]
 
 
-def digest_of(data: bytes) -> str:
-    """What `digest_in` the name of a part with these bytes is."""
-    return hashlib.sha256(data).hexdigest()[:32]
+def digest_of_file(path: Path) -> str:
+    """sha256 of a file, hex; a part's name ends in its beginning. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def time_in(name: str) -> float:
+    """When a part was finished, as its name says it (Unix seconds); 0 where it does not."""
+    try:
+        stamp = datetime.strptime(name.partition("-")[0], "%Y%m%dT%H%M%SZ")
+    except ValueError:
+        return 0.0
+    return stamp.replace(tzinfo=UTC).timestamp()
 
 
 def write_whole(folder: Path, name: str, data: bytes) -> Path:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
@@ -71,29 +71,29 @@ class Server:
             return app(environ, start)
         if how == "hang":
             self.ended.wait()
-            return _cut(environ)
+            _cut(environ)
         if how == "lost":
             list(app(environ, lambda *_: None))
-            return _cut(environ)
+            _cut(environ)
         if how == "cut":
             size = int(environ.get("CONTENT_LENGTH") or 0)
             if size:
                 environ["wsgi.input"].read(size // 2)
-                return _cut(environ)
-            body = b"".join(app(environ, start))
-            return itertools.chain([body[: len(body) // 2]], _cutting(environ))
+                _cut(environ)
+            return _half(b"".join(app(environ, start)), environ)
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         start(f"{how} Injected", [("Content-Type", "application/xml"), ("Content-Length", "0")])
         return []
 
 
-def _cut(environ: dict) -> list[bytes]:
+def _cut(environ: dict) -> NoReturn:
     environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-    return []
+    raise ConnectionAbortedError  # which the server takes for a client that went away
 
 
-def _cutting(environ: dict) -> Iterator[bytes]:
-    yield from _cut(environ)
+def _half(body: bytes, environ: dict) -> Iterator[bytes]:
+    yield body[: len(body) // 2]
+    _cut(environ)
 
 
 class _Quiet(WSGIRequestHandler):

@@ -30,6 +30,7 @@ LAYERS = {
         "report",
         "newfile",
         "roots",
+        "stores",
         "mapped",
         "memory",
         "signals",
@@ -83,7 +84,7 @@ def source_of(folder: str) -> dict[str, Path]:
 PRODUCTS = {"errors", "home", "native", "products"}
 NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "weigher"}
 CACHE = {"errors", "home", "identity", "spans", "parts", "newfile", "cache", "writer"}
-CACHE |= {"roots", "remote", "index"}
+CACHE |= {"roots", "stores", "remote", "index"}
 TEXT = {"errors", "progress", "report", "messages", "rows", "tokenizers", "formats", "encode"}
 TEXT |= {"chat", "loader", "examples"}
 REACH = {
