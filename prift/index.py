@@ -33,6 +33,11 @@ class PartIndex:
     counts: np.ndarray
     group_rows: tuple[int, ...]
 
+    @property
+    def tokens(self) -> int:
+        """Scored positions of all rows."""
+        return int((self.spans[1::2].astype(np.int64) - self.spans[::2]).sum())
+
     @staticmethod
     def read(path: Path) -> "PartIndex":
         """From the part's file. Raises CacheError for a file that is no part."""

@@ -170,13 +170,14 @@ class PartWriter:
         if self._pending >= _ROW_GROUP_TOKENS:
             self._write_row_group()
 
-    def finish(self) -> Path:
-        """Makes the part visible and durable; returns its path."""
+    def finish(self, stamp: str | None = None) -> Path:
+        """Makes the part visible and durable; returns its path. stamp: the time in its name, where
+        that is not now."""
         if self._rows:
             self._write_row_group()
         self.broken = True
         self._writer.close()
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        stamp = stamp or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         path = self._publish(self._file, f"{stamp}-{self._file.sha256()[:32]}.parquet")
         self.broken = False
         return path

@@ -1,0 +1,320 @@
+"""Many small parts of a cache into few, without a reader noticing.
+
+What a reader gets depends on the order of the rows, and that on the names of the parts. So parts
+are merged only with those that follow them, and the new part takes a place among them:
+
+    before   P1 P2 P3 | Q      P: the same statistics, Q: others
+    merged   P1 P2 P3 N | Q    N holds the rows of P1, P2, P3 in this order; nothing is read anew
+    after    N | Q             whatever P1, P2 or P3 served, N serves, to the bit
+
+Left out of N are rows that never serve anyone: an earlier one of the three has their key and covers
+their spans. A compaction deletes only parts whose rows are all in what it published itself, so
+whatever is killed, and however many compact at once, there may be duplicates and no loss; the next
+compaction finds them.
+"""
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from prift import parts
+from prift.cache import PriorCache, list_priors
+from prift.errors import CacheError
+from prift.identity import PriorIdentity, canonical_json
+from prift.index import Index, PartIndex
+from prift.inventory import choose
+from prift.progress import progress
+from prift.roots import Root
+from prift.writer import PartWriter
+
+TARGET_TOKENS = 1 << 22
+"""Scored positions from which on a part is large enough: as many as the writer puts in one."""
+
+_TIME = re.compile(r"\d{8}T\d{6}Z")
+_TIME_WIDTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """What was done to one prior.
+
+    parts, bytes  before
+    merged        parts that became `made` others
+    duplicates    rows of them that served no reader and are not kept
+    made_bytes    of the new parts; merged_bytes: of those they replace
+    left          merged parts that were not deleted, since others wrote in between: duplicates,
+                  which the next compaction finds
+    """
+
+    prior: str
+    parts: int
+    bytes: int
+    merged: int
+    merged_bytes: int
+    made: int
+    made_bytes: int
+    duplicates: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Parts that follow one another, and the time in the name of the one that replaces them."""
+
+    sources: list[PartIndex]
+    time: str
+
+
+def compact(
+    root: Root,
+    priors: Sequence[str] = (),
+    grace: float = 300.0,
+    target: int = TARGET_TOKENS,
+    say: Callable[[str], None] = lambda line: None,
+    wait: Callable[[float], None] = time.sleep,
+) -> list[Compacted]:
+    """Merges the small parts of these priors, or of all.
+
+    priors  ids, or beginnings of them
+    grace   seconds between the last new part and the deletion of the first old one, in which
+            running readers finish
+    target  scored positions that a part should have; it may have up to twice as many
+    wait    sleeps
+
+    Raises CacheError for a damaged part, and where the disk or the store refuses; then nothing was
+    deleted. A KeyboardInterrupt in the wait leaves both.
+    """
+    found = list_priors(root)
+    runs = [_Run(root, found[prior], target) for prior in choose(root, priors)]
+    total = sum(run.tokens for run in runs)
+    with progress("compacting", total=total, unit="tok") as advance:
+        for run in runs:
+            run.publish(advance)
+    merged = sum(len(run.doomed) for run in runs)
+    if merged and grace:
+        say(
+            f"{merged} parts are merged; in {grace:,.0f} s, when running readers have finished, "
+            "they are deleted. To stop now is safe: the next compaction goes on."
+        )
+        wait(grace)
+    for run in runs:
+        run.delete()
+    return [run.result() for run in runs]
+
+
+def plan(cache: PriorCache, target: int) -> list[Merge]:
+    """What to merge: see the module. Parts of full size stay as they are."""
+    merges = []
+    for half in (False, True):  # readers take all of the one before the first of the other
+        found = sorted((p for p in cache.parts.values() if p.half == half), key=lambda p: p.name)
+        times: dict[str, int] = {}
+        for part in found:
+            times[part.name[:_TIME_WIDTH]] = times.get(part.name[:_TIME_WIDTH], 0) + 1
+        for _, alike in itertools.groupby(found, lambda part: _kind(cache, part)):
+            for sources in _bins(list(alike), target):
+                own = [part.name[:_TIME_WIDTH] for part in sources]
+                # A name with a time that no other part has sorts among the sources, whatever its
+                # hash. Where there is none (other statistics in the same second) they stay.
+                free = [t for t in own if own.count(t) == times[t]]
+                if len(sources) > 1 and free:
+                    merges.append(Merge(sources, max(free)))
+    return merges
+
+
+def _kind(cache: PriorCache, part: PartIndex) -> object:
+    """Equal for parts whose rows may lie in one part."""
+    if not _TIME.fullmatch(part.name[:_TIME_WIDTH]):
+        return part.name
+    if part.half:
+        stored = pq.read_schema(cache.path(part.name))
+        usual = parts.schema(tuple(part.names), half=True)
+        if any(
+            stored.field(n).type.value_type != usual.field(n).type.value_type for n in part.names
+        ):
+            return part.name
+    return part.names
+
+
+def _bins(alike: list[PartIndex], target: int) -> Iterator[list[PartIndex]]:
+    """Cuts a row of parts where enough tokens are together and the time in the names changes."""
+    held, tokens = [], 0
+    for part, following in itertools.zip_longest(alike, alike[1:]):
+        held.append(part)
+        tokens += part.tokens
+        last = following is None or following.name[:_TIME_WIDTH] != part.name[:_TIME_WIDTH]
+        if tokens >= target and last:
+            yield held
+            held, tokens = [], 0
+    if held:
+        yield held
+
+
+class _Run:
+    """The compaction of one prior."""
+
+    def __init__(self, root: Root, identity: PriorIdentity, target: int):
+        self._root, self._prior = root, identity.id
+        self._sizes = {part.name: part.size for part in root.parts(self._prior)}
+        self._cache = PriorCache(root, identity)
+        self._before = len(self._cache.parts)
+        self._merges = plan(self._cache, target)
+        self._made: list[str] = []
+        self._duplicates = self._left = self._made_bytes = 0
+        self.tokens = sum(part.tokens for merge in self._merges for part in merge.sources)
+
+    @property
+    def doomed(self) -> set[str]:
+        """Parts that are merged into others. One that came out again, byte for byte, is not."""
+        return {p.name for m in self._merges for p in m.sources} - set(self._made)
+
+    def publish(self, advance: Callable[[int], None]) -> None:
+        """Makes all new parts visible."""
+        for merge in self._merges:
+            paths = [self._cache.path(part.name) for part in merge.sources]
+            path, kept = merged(self._root, self._prior, merge, paths, advance)
+            self._made.append(path.name)
+            self._made_bytes += path.stat().st_size
+            self._duplicates += sum(len(part.keys) for part in merge.sources) - kept
+
+    def delete(self) -> None:
+        """Deletes the old parts, where that changes nothing for a reader who comes now."""
+        if not self.doomed:
+            return
+        self._cache.refresh()
+        now = self._cache.parts
+        stay = Index([part for name, part in now.items() if name not in self.doomed])
+        for merge, made in zip(self._merges, self._made, strict=True):
+            own = {part.name for part in merge.sources} | {made}
+            foreign = any(
+                min(own) < name < max(own) and part.half == merge.sources[0].half
+                for name, part in now.items()
+                if name not in own
+            )
+            served = all(
+                (stay.find(part.keys, part.spans, part.counts, sorted(part.names)) >= 0).all()
+                for part in merge.sources
+            )
+            if foreign or not served:
+                self._left += len(own & set(now) - {made})
+                continue
+            for name in sorted(own & set(now) - {made}):
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        try:
+            self._root.remove(self._prior, name)
+        except OSError as error:
+            raise CacheError(
+                f"cannot delete {self._root.where(self._prior, name)}: {error.strerror or error}. "
+                "Its rows are in a new part too; once there is permission, run the same command "
+                "again."
+            ) from error
+
+    def result(self) -> Compacted:
+        return Compacted(
+            prior=self._prior,
+            parts=self._before,
+            bytes=sum(self._sizes.values()),
+            merged=len(self.doomed),
+            merged_bytes=sum(self._sizes.get(name, 0) for name in self.doomed),
+            made=len(self._made),
+            made_bytes=self._made_bytes,
+            duplicates=self._duplicates,
+            left=self._left,
+        )
+
+
+def merged(
+    root: Root,
+    prior: str,
+    merge: Merge,
+    paths: Sequence[Path],
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Path, int]:
+    """Publishes one part with the rows of the sources that serve readers; its path on this disk,
+    and how many they are. paths: of the sources. Raises CacheError."""
+    first = merge.sources[0]
+    names = tuple(n for n in parts.COLUMN_TYPES if n in first.names)
+    index = Index(merge.sources)
+    keys, flat, counts = (
+        np.concatenate([getattr(part, field) for part in merge.sources])
+        for field in ("keys", "spans", "counts")
+    )
+    keep = index.find(keys, flat, counts, names) == np.arange(len(keys))
+    for path in paths:
+        parts.check_hash(path)
+    facts = {"prift": json.dumps(_facts(paths), sort_keys=True)}
+    writer = None
+    try:
+        writer = PartWriter(
+            root.parts_folder(prior),
+            names,
+            facts,
+            lambda f, n: root.publish(prior, f, n),
+            first.half,
+        )
+        at = 0
+        for path in paths:
+            for group in parts.read_row_groups(path, ["key", "length", "spans", *names]):
+                rows = slice(at, at + len(group["length"]))
+                _add(writer, path, group, names, keep[rows], index.tokens[rows])
+                advance(int(index.tokens[rows].sum()))
+                at = rows.stop
+        return writer.finish(merge.time), int(keep.sum())
+    except BaseException as error:
+        if writer is not None:
+            writer.abandon()
+        if isinstance(error, OSError):
+            raise CacheError(
+                f"cannot write to the cache {root.where(prior)}: {error.strerror or error}. "
+                "Nothing was deleted; once there is room and permission, run the same command "
+                "again."
+            ) from error
+        raise
+
+
+def _add(
+    writer: PartWriter,
+    path: Path,
+    group: dict,
+    names: Sequence[str],
+    keep: np.ndarray,
+    tokens: np.ndarray,
+) -> None:
+    """Adds the rows to keep of a row group; tokens: scored positions of each row."""
+    runs, run_counts = group["spans"]
+    for name in names:
+        if not np.array_equal(group[name][1], tokens):
+            raise parts.damaged(path, f"a row's {name} contradict its spans")
+    ends, run_ends = np.cumsum(tokens), np.cumsum(run_counts)
+    for i in np.flatnonzero(keep).tolist():
+        values = slice(ends[i] - tokens[i], ends[i])
+        writer.add(
+            bytes(group["key"][i]),
+            int(group["length"][i]),
+            runs[run_ends[i] - run_counts[i] : run_ends[i]],
+            {name: group[name][0][values] for name in names},
+        )
+
+
+def _facts(paths: Sequence[Path]) -> list:
+    """The distinct provenances of these parts, as they come; a text that is no JSON as a text."""
+    found = {}
+    for path in paths:
+        text = (pq.read_schema(path).metadata or {}).get(b"prift")
+        if text is None:
+            continue
+        try:
+            fact = json.loads(text)
+        except ValueError:
+            fact = text.decode(errors="replace")
+        for one in fact if isinstance(fact, list) else [fact]:
+            found.setdefault(canonical_json(one), one)
+    return list(found.values())
