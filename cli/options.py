@@ -10,13 +10,6 @@ if TYPE_CHECKING:
 
 _OPTIONS = [
     click.option(
-        "--data",
-        multiple=True,
-        required=True,
-        metavar="PATH|HUB",
-        help="JSON, JSONL or Parquet file, a folder of them, or a hub dataset. Repeatable.",
-    ),
-    click.option(
         "--data-weight",
         multiple=True,
         type=click.FloatRange(min=0, min_open=True),
@@ -92,9 +85,16 @@ attention = click.option(
 )
 
 
-def data_options(function: Callable) -> Callable:
+def data_options(function: Callable, required: bool = True) -> Callable:
     """Adds the shared data options to a command."""
-    for option in reversed(_OPTIONS):
+    data = click.option(
+        "--data",
+        multiple=True,
+        required=required,
+        metavar="PATH|HUB",
+        help="JSON, JSONL or Parquet file, a folder of them, or a hub dataset. Repeatable.",
+    )
+    for option in reversed([data, *_OPTIONS]):
         function = option(function)
     return function
 

@@ -197,3 +197,20 @@ def _bar(share: float) -> str:
         return ("#" * round(share * _BAR)).ljust(_BAR)
     whole, eighths = divmod(round(share * _BAR * 8), 8)
     return ("█" * whole + " ▏▎▍▌▋▊▉"[eighths]).ljust(_BAR + 1)
+
+
+def verified_lines(found: Any) -> Iterator[str]:
+    """What a prift.verify.Verified looked at and found, in short."""
+    for one in found.deep:
+        mean, most = one["mean_difference"], one["largest_difference"]
+        off = "without bound" if mean is None else f"by {mean:.2g} on average, {most:.2g} at most"
+        yield (
+            f"prior {one['prior']}: {many(one['sequences'], 'sequence')} scored again; over "
+            f"{many(one['tokens'], 'token')} logprob differs {off}; "
+            f"{many(one['moved_ranks'], 'rank')} moved"
+        )
+    yield (
+        f"{many(len(found.problems), 'problem')} in {many(found.priors, 'prior')}, "
+        f"{many(found.parts, 'part')}, {many(found.rows, 'row')}, "
+        f"{many(found.tokens, 'token')}, {size(found.bytes)}"
+    )

@@ -7,7 +7,7 @@ read is listed and passed over: `prift cache verify` says more.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -65,7 +65,7 @@ class Contents:
     identity  None where prior.json cannot be read; `trouble` says why, and what parts cannot be
     """
 
-    def __init__(self, root: Root, prior: str, advance: Callable[[int], None] = lambda _: None):
+    def __init__(self, root: Root, prior: str):
         self.root, self.prior = root, prior
         self.trouble: list[str] = []
         self.identity: PriorIdentity | None = None
@@ -80,10 +80,12 @@ class Contents:
                 return PartContents.read(root, prior, part)
             except CacheError as error:
                 return str(error)
-            finally:
-                advance(1)
 
-        listed = root.parts(prior)
+        listed: list[Part] = []
+        try:
+            listed = root.parts(prior)
+        except CacheError as error:
+            self.trouble.append(str(error))
         with ThreadPoolExecutor(_READERS) as readers:
             found = list(readers.map(read, listed))
         whole = [one for one in found if isinstance(one, PartContents)]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prift import budget
 from prift.dataset import PriorDataset
 from prift.errors import CacheError
 from prift.fold import Fold
@@ -27,28 +28,6 @@ from prift.training_data import TrainOptions
 
 _SEQUENCES, _TOKENS = 8, 2000  # scored by each process
 _SHOWN = 5  # tokens in the message
-
-# Largest mean |difference| of logprob, in nats, that rounding explains. Measured with the embedded
-# model over its demonstrations, and in brackets with 36 tiny architectures of random weights
-# (tests/families.py; faults with 15 of them), which give nearly all tokens the same logprob:
-#
-#   float32 against float32 in other batches             0.00000002  [up to 0.0000005]
-#   float32 against float16                              0.0011      [0.00003 to 0.0044]
-#   float32 against bfloat16, either way                 0.0091      [0.0002 to 0.039]
-#   float32 against bfloat16 with bfloat16 logits        0.010-0.022 [0.0003 to 0.037]
-#   bfloat16 against bfloat16 in other batches           0.000002    [up to 0.0052]
-#
-#   shifted by one token                                 1.97        [0.085 to 3.2; Llama 0.36]
-#   values of other tokens                               3.27        [0.086 to 2.9; Llama 0.45]
-#   scored behind a prompt with "User: " in front        0.34
-#   noise of 2 % of its deviation on every weight        0.039       [0.0023 to 0.34]
-#   1, 10, 40 steps of AdamW at 1e-5 further             0.0055, 0.040, 0.106
-#   30 steps of prift train at 3e-4 further              2.6
-#
-# stories260k in bfloat16 is 0.021 off, with bfloat16 logits 0.023 (docs/precision.md). So a
-# neighbour that has hardly moved is told from the prior where both are float32, and only there.
-_EXACT = 1e-3
-_ROUNDED = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +91,7 @@ def _is_prior(folder: Path, prior: PriorIdentity | None, options: TrainOptions) 
 
 def _bound(dtype: str, prior: PriorIdentity) -> float:
     tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    exact = {dtype, prior.dtype, prior.logits_dtype} == {"float32"} and not tf32
-    return _EXACT if exact else _ROUNDED
+    return budget.bound({dtype, prior.dtype, prior.logits_dtype} | ({"tf32"} if tf32 else set()))
 
 
 def _chosen(lengths: np.ndarray, rank: int, size: int) -> list[int]:
