@@ -25,7 +25,7 @@ from prift.backends.hf import HFScorer
 from prift.cache import sequence_key
 from prift.identity import PriorIdentity
 from prift.spans import spans_of
-from prift.stats import STATS_VERSION
+from prift.versions import STATS_VERSION
 from prift.writer import CacheWriter
 
 SHAPES = {

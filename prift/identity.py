@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from prift import versions
 from prift.errors import CacheError
 from prift.home import cache_home
 
@@ -37,7 +39,7 @@ class PriorIdentity:
     attention      implementation: 'sdpa', 'eager', ...
     quantization   canonical JSON of the quantization config, or None
     backend        'hf' or 'vllm'
-    stats_version  prift.stats.STATS_VERSION
+    stats_version  prift.versions.STATS_VERSION
     """
 
     weights: str
@@ -61,16 +63,73 @@ class PriorIdentity:
 
     @staticmethod
     def parse(text: str, where: str) -> "PriorIdentity":
-        """Identity from the text of a prior.json. Raises CacheError naming `where`."""
+        """Identity from the text of a prior.json. Raises CacheError naming `where`.
+
+        One with further fields is a newer prift's: an identity that `refusal` refuses.
+        """
         try:
-            return PriorIdentity(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise CacheError(f"{where} is not a prior's identity: {error}") from error
+            value = json.loads(text)
+            names = [f.name for f in fields(PriorIdentity)]
+            known = PriorIdentity(**{name: value.pop(name) for name in names})
+            _check_types(known)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise CacheError(f"{where} is not a prior's identity: {why}") from error
+        return _Newer(**asdict(known), further=canonical_json(value)) if value else known
+
+    def refusal(self, names: Collection[str] = ()) -> str | None:
+        """Why these statistics of the prior must not be read: it was written by a newer prift, or
+        they have been defined anew since. None where nothing speaks against it."""
+        if self.stats_version > versions.STATS_VERSION:
+            return (
+                f"it was written by a newer prift (version {self.stats_version} of the statistics; "
+                f"this one knows up to {versions.STATS_VERSION}): upgrade prift"
+            )
+        if changed := sorted(versions.changed_since(self.stats_version) & set(names)):
+            return (
+                f"it holds {', '.join(changed)} as version {self.stats_version} of the statistics "
+                f"defined it, which is not what version {versions.STATS_VERSION} means by it: "
+                "score the data again"
+            )
+        return None
+
+    def check(self, names: Collection[str] = ()) -> None:
+        """Raises CacheError with the `refusal`, where there is one."""
+        if why := self.refusal(names):
+            raise CacheError(f"prior {self.id} cannot be read: {why}.")
 
     def differences(self, other: "PriorIdentity") -> dict[str, tuple[Any, Any]]:
-        """Fields in which the two differ, with both values."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        """Fields in which the two differ, with both values; None for a field that one lacks."""
+        a, b = json.loads(self.json()), json.loads(other.json())
+        return {n: (a.get(n), b.get(n)) for n in sorted(a | b) if a.get(n) != b.get(n)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Newer(PriorIdentity):
+    """An identity with fields that this prift does not know.
+
+    further  canonical JSON of them
+    """
+
+    further: str
+
+    def json(self) -> str:
+        values = asdict(self)
+        return canonical_json(values | json.loads(values.pop("further")))
+
+    def refusal(self, names: Collection[str] = ()) -> str | None:
+        unknown = ", ".join(map(repr, json.loads(self.further)))
+        return (
+            f"it was written by a newer prift (its identity has {unknown}, which this one does "
+            "not know): upgrade prift"
+        )
+
+
+def _check_types(identity: PriorIdentity) -> None:
+    for name, value in asdict(identity).items():
+        wanted = {"stats_version": int, "adapter": str | None, "quantization": str | None}
+        if not isinstance(value, wanted.get(name, str)) or isinstance(value, bool):
+            raise ValueError(f"{name} is {str(value)[:40]!r}")
 
 
 def canonical_json(value: Any) -> str:

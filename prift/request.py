@@ -1,18 +1,16 @@
-"""What a set of examples asks of a cache, and which of its priors answers."""
+"""What a set of examples asks of a cache, and reading it."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from prift import spans
-from prift.cache import PriorCache, list_priors, sequence_key
-from prift.errors import CacheError, MissingPrior
+from prift.cache import PriorCache, sequence_key
+from prift.errors import MissingPrior
 from prift.examples import Examples
-from prift.identity import PriorIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,59 +80,13 @@ def read_prior(
     return cache.read(asked.keys, asked.spans, names)
 
 
-def digest(asked: Request, names: Sequence[str], folder: Path) -> str:
+def digest(asked: Request, names: Sequence[str], prior: str, parts: Sequence[str]) -> str:
     """What decides the values that are read: the prior and its parts, and what is asked of them.
 
-    folder  of the prior, in the cache
+    prior  its id; parts: names of its files
     """
-    parts = sorted(path.name for path in folder.glob("parts/[!.]*.parquet"))
     values, counts = spans.flat(asked.spans)
-    found = hashlib.sha256(json.dumps([folder.name, parts, list(names)]).encode())
+    found = hashlib.sha256(json.dumps([prior, sorted(parts), list(names)]).encode())
     for array in (asked.keys, counts, values):
         found.update(array.tobytes())
     return found.hexdigest()[:32]
-
-
-def choose_prior(
-    root: str | Path, weights: str, config: str, prior_id: str | None, command: str
-) -> PriorIdentity:
-    """The prior of the cache to read.
-
-    prior_id         one to take by name, or None: the only one with these digests
-    weights, config  digests of the model to be trained, or of the model named by --prior
-    Raises CacheError listing the priors there are and how they differ.
-    """
-    found = list_priors(root)
-    if not found:
-        raise CacheError(f"{root} holds no prior. Run:\n  {command}")
-    if prior_id is not None:
-        if prior_id not in found:
-            raise CacheError(f"{root} holds no prior {prior_id}. It holds:\n{_listing(found)}")
-        return found[prior_id]
-    fitting = {k: v for k, v in found.items() if (v.weights, v.config) == (weights, config)}
-    if len(fitting) == 1:
-        return next(iter(fitting.values()))
-    if fitting:
-        raise CacheError(
-            f"{root} holds {len(fitting)} priors of this model; choose one with --prior ID:\n"
-            + _listing(fitting)
-        )
-    raise CacheError(
-        f"{root} holds no prior of this model (weights {weights[:12]}, config {config[:12]}). "
-        f"It holds:\n{_listing(found, weights=weights, config=config)}\n"
-        f"Choose one of them with --prior ID, or run:\n  {command}"
-    )
-
-
-def _listing(priors: Mapping[str, PriorIdentity], **wanted: str) -> str:
-    """One line per prior with the fields in which they differ, from each other or from `wanted`
-    (weights and config where they do not)."""
-    values = list(priors.values())
-    differing = {name for v in values for name in values[0].differences(v)}
-    differing |= {n for n, w in wanted.items() if any(getattr(v, n) != w for v in values)}
-    names = sorted(differing) or ["config", "weights"]
-    lines = []
-    for key, identity in priors.items():
-        shown = ", ".join(f"{n} {str(getattr(identity, n))[:12]}" for n in names)
-        lines.append(f"  --prior {key}  ({shown})")
-    return "\n".join(lines)

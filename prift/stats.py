@@ -32,9 +32,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-STATS_VERSION = 1
-"""Raised when the definition of an existing statistic changes, never when one is added."""
-
 CORE = ("logprob", "log_mass_rank", "rank", "n_tie", "entropy")
 EXTENDED = ("collision", "expected_rank", "entropy_top20")
 STATISTICS = {"core": CORE, "extended": CORE + EXTENDED}

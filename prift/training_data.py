@@ -1,7 +1,5 @@
 """The data of a training run: examples, and what the prior thought of them, read from the cache."""
 
-import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,24 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from prift.cache import PriorCache, list_priors
+from prift.cache import PriorCache
+from prift.choice import choose_for, command_for
 from prift.dataset import PriorDataset
 from prift.dataspec import DataSpec
 from prift.errors import CacheError, OptionError
 from prift.examples import Examples
-from prift.identity import PriorIdentity, config_digest, weights_digest
+from prift.identity import PriorIdentity
 from prift.mapped import MappedArrays, mapped_arrays
-from prift.models import (
-    attention_for,
-    checkpoint_dtype,
-    load_config,
-    locate,
-    turns_by_length,
-    weight_files,
-)
-from prift.ranks import from_rank_zero
-from prift.request import choose_prior, digest, read_prior, request
+from prift.models import turns_by_length
+from prift.remote import open_root
+from prift.request import digest, read_prior, request
 from prift.weigher import Weigher
+from prift.weighing import weigh
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,8 @@ class TrainOptions:
     weigher: Weigher
     cache: str | None = None
     prior: str | None = None
+    base_prior: str | None = None
+    normalize: str = "tokens"
     eval_data: tuple[str, ...] = ()
     eval_split: str | None = None
     dtype: str = "float32"
@@ -85,23 +80,25 @@ def load_data(
     Raises CacheError and MissingPrior where the rule's source is the prior and the cache lacks
     something; for other rules the cache only adds the metric drift, and what lacks is said.
     """
-    needed = options.weigher.source == "prior"
+    weigher = options.weigher
+    needed = weigher.source == "prior" or bool(weigher.base)
     specs = [("training", options.spec)]
     if options.eval_data:
         specs.append(("evaluation", _eval_spec(options)))
+    names = sorted({"logprob", *(weigher.needs if weigher.source == "prior" else weigher.base)})
     identity, trouble = None, "no cache was named"
     if options.cache is not None:
         try:
-            identity = _choose(options, folder, config)
+            identity = choose_for(options, folder, config, names)
             say(f"prior {identity.id} ({identity.dtype}, {identity.backend})")
         except CacheError as error:
             if needed:
                 raise
             trouble = str(error).splitlines()[0]
     elif needed:
-        raise OptionError(f"rule {options.weigher.name} reads the prior: name a cache.")
+        raise OptionError(f"rule {weigher.name} reads the prior: name a cache.")
+    base = _base(options, folder, config)
     tokenizer = options.spec.tokenizer_of(folder)
-    names = sorted({"logprob", *options.weigher.needs})
     found: list[PriorDataset] = []
     for purpose, spec in specs:
         examples = spec.examples(tokenizer, config)
@@ -109,31 +106,65 @@ def load_data(
             say(f"{purpose}: {line}")
         prior: Mapping[str, np.ndarray] = {}
         if identity is not None:
-            command = _command(options, spec, identity, folder, config)
+            command = command_for(options, spec, identity, folder, config)
             try:
-                prior = _decoded(options.cache, identity, examples, names, command)
+                prior = _decoded(options, identity, examples, names, command, base)
             except CacheError as error:
                 if needed:
                     raise
                 trouble = str(error).splitlines()[0]
         if not prior:
             say(f"{purpose}: drift is not measured: {trouble}")
-        cuts = needed and not found and _ends_do_not_matter(config)
-        cuts = cuts and options.weigher.scope == "token"  # others see who is in the batch
-        found.append(PriorDataset(examples, prior, options.weigher if cuts else None))
+        cut = "weights" in prior and not found and _ends_do_not_matter(config)
+        found.append(PriorDataset(examples, prior, cut, options.normalize))
     return TrainingData(found[0], found[1] if len(found) > 1 else None, tokenizer, identity)
 
 
+def _base(options: TrainOptions, folder: Path, config: Any) -> PriorIdentity | None:
+    """The second prior, which a rule that compares two priors wants and no other. Raises
+    OptionError."""
+    weigher = options.weigher
+    wanted = weigher.source == "prior" and bool(weigher.base)
+    if wanted != (options.base_prior is not None):
+        raise OptionError(
+            f"rule {weigher.name} compares two priors: name both, --prior A --prior B."
+            if wanted
+            else f"rule {weigher.name} --source {weigher.source} reads one prior; --prior was given "
+            "twice."
+        )
+    if not wanted:
+        return None
+    return choose_for(replace(options, prior=options.base_prior), folder, config, weigher.base)
+
+
 def _decoded(
-    root: str | None, identity: PriorIdentity, examples: Examples, names: list[str], command: str
+    options: TrainOptions,
+    identity: PriorIdentity,
+    examples: Examples,
+    names: list[str],
+    command: str,
+    base: PriorIdentity | None,
 ) -> MappedArrays:
-    """Statistics of all label tokens, in files that all processes of the machine map. One of them
-    reads the cache, whose index is gone once it has."""
-    asked = request(examples)
-    key = digest(asked, names, Path(root or "").expanduser() / identity.id)
+    """What training reads of the prior for all label tokens: statistics, or the logprob and the
+    weights where the rule's source is the prior. In files that all processes of the machine map;
+    one of them reads the cache, whose index is gone once it has."""
+    asked, weigher = request(examples), options.weigher
+    place = open_root(options.cache or "")
+    known = weigher.source == "prior"
+    priors = [identity, *([base] if base is not None else [])]
+    parts = [part.name for prior in priors for part in place.parts(prior.id)]
+    what = [*names, *([repr(weigher), *(prior.id for prior in priors)] if known else [])]
+    key = digest(asked, what, identity.id, parts)
 
     def read() -> Mapping[str, np.ndarray]:
-        return read_prior(PriorCache(root or "", identity), examples, asked, names, command)
+        found = read_prior(PriorCache(place, identity), examples, asked, names, command)
+        if not known:
+            return found
+        other = None
+        if base is not None:
+            other = read_prior(PriorCache(place, base), examples, asked, weigher.base, command)
+        weights = weigh(weigher, examples.label_counts, found, other)
+        return {"logprob": found["logprob"], "weights": weights}
 
     return mapped_arrays(key, read)
 
@@ -150,52 +181,3 @@ def _eval_spec(options: TrainOptions) -> DataSpec:
     """The same text options over the evaluation data: all of it, and its own split."""
     text = replace(options.spec.text, limit=None, split=options.eval_split)
     return replace(options.spec, data=options.eval_data, weights=(), text=text)
-
-
-def _is_id(prior: str | None) -> bool:
-    return bool(re.fullmatch("[0-9a-f]{8,64}", prior or "")) and not Path(prior or "").exists()
-
-
-def _choose(options: TrainOptions, folder: Path, config: Any) -> PriorIdentity:
-    """The prior of the cache that --prior names, or the model's own."""
-    weights, digest = "", ""
-    if list_priors(options.cache) and not _is_id(options.prior):
-        if options.prior:
-            folder = locate(options.prior, "--prior", options.trust_remote_code)
-            config = load_config(folder, options.trust_remote_code)
-        files = weight_files(folder)
-        weights, digest = from_rank_zero(lambda: weights_digest(files)), config_digest(config)
-    return choose_prior(
-        options.cache,
-        weights,
-        digest,
-        options.prior if _is_id(options.prior) else None,
-        _command(options, options.spec, None, folder, config),
-    )
-
-
-def _command(
-    options: TrainOptions,
-    spec: DataSpec,
-    identity: PriorIdentity | None,
-    folder: Path,
-    config: Any,
-) -> str:
-    """The precompute command that adds these examples to the prior being read."""
-    model = options.prior or options.model
-    if options.prior and spec.tokenizer is None:
-        spec = replace(spec, tokenizer=options.model)  # the ids are the trainee's
-    if _is_id(options.prior):
-        model = f"THE_MODEL_OF_{options.prior}"
-    words = spec.precompute_command(model, options.cache or "CACHE")
-    if identity is None:
-        return words
-    more = []
-    own = options.prior is None
-    if not own or identity.dtype != checkpoint_dtype(folder, config):
-        more += ["--dtype", identity.dtype]
-    if not own or identity.attention != attention_for(config):
-        more += ["--attention", identity.attention]
-    if identity.logits_dtype != "float32":
-        more += ["--logits-dtype", identity.logits_dtype]
-    return f"{words} {shlex.join(more)}".rstrip()

@@ -242,3 +242,23 @@ def test_a_memory_that_cannot_be_written_is_no_error(tmp_path, blocked):
     assert file_digest(file) == ALPHA
     left = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
     assert left == sorted([place.name, "w"])
+
+
+def test_a_newer_prifts_identity_keeps_its_id_and_is_refused():
+    text = canonical_json(json.loads(IDENTITY.json()) | {"sampling": [1], "stats_version": 1})
+    found = PriorIdentity.parse(text, "here")
+    assert found.id == hashlib.sha256(text.encode()).hexdigest()[:16] != IDENTITY.id
+    assert found.differences(IDENTITY) == {"sampling": ([1], None)}
+    assert IDENTITY.differences(found) == {"sampling": (None, [1])}
+    assert IDENTITY.refusal(["logprob"]) is None
+    with pytest.raises(CacheError, match=f"prior {found.id} cannot be read: .* 'sampling'"):
+        found.check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("weights", 3), ("stats_version", "1"), ("stats_version", True)]
+)
+def test_a_field_of_another_type_is_no_identity(field, value):
+    text = canonical_json(json.loads(IDENTITY.json()) | {field: value})
+    with pytest.raises(CacheError, match=f"{field} is '"):
+        PriorIdentity.parse(text, "here")

@@ -1,7 +1,6 @@
-"""What examples ask of a cache, and which prior answers."""
+"""What examples ask of a cache, and reading it."""
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +10,15 @@ from hypothesis import strategies as st
 from prift import spans
 from prift.cache import PriorCache, sequence_key
 from prift.encode import Encoded
-from prift.errors import CacheError, MissingPrior
+from prift.errors import MissingPrior
 from prift.examples import Examples
 from prift.loader import Store
 from prift.report import Report
-from prift.request import Request, choose_prior, read_prior, request
+from prift.request import Request, read_prior, request
 from prift.rows import Row
 from prift.writer import CacheWriter
 from tests import cache_fixtures as fx
-from tests.cache_fixtures import CORE, IDENTITY, OTHER, keys, runs
+from tests.cache_fixtures import CORE, IDENTITY, keys, runs
 
 
 def examples(*rows, order=None) -> Examples:
@@ -131,67 +130,6 @@ def test_read_prior_names_the_first_example_that_lacks_a_row_and_the_command(tmp
     )
     with pytest.raises(MissingPrior, match="^" + re.escape(message) + "$"):
         read_prior(cache, rows, request(rows), ("rank",), "prift precompute --model m")
-
-
-def priors(root, *identities):
-    for identity in identities:
-        CacheWriter(root, identity, {})
-    return root
-
-
-def choose(root, prior_id=None, identity=IDENTITY):
-    return choose_prior(root, identity.weights, identity.config, prior_id, "prift precompute ...")
-
-
-def test_the_only_prior_of_the_model_is_chosen(tmp_path):
-    assert choose(priors(tmp_path, IDENTITY, OTHER)) == IDENTITY
-    assert choose(tmp_path, identity=OTHER) == OTHER
-
-
-def test_a_cache_without_priors_says_what_to_run(tmp_path):
-    for place in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CacheError, match=f"{place} holds no prior. Run:\n  prift precompute"):
-            choose(place)
-
-
-def test_several_priors_of_the_model_are_listed_with_what_differs(tmp_path):
-    half, eager = replace(IDENTITY, dtype="bfloat16"), replace(IDENTITY, attention="eager")
-    priors(tmp_path, IDENTITY, half, eager, OTHER)
-    with pytest.raises(CacheError) as caught:
-        choose(tmp_path)
-    first, *rest = str(caught.value).split("\n")
-    assert first == f"{tmp_path} holds 3 priors of this model; choose one with --prior ID:"
-    lines = {
-        IDENTITY.id: "attention sdpa, dtype float32",
-        half.id: "attention sdpa, dtype bfloat16",
-        eager.id: "attention eager, dtype float32",
-    }
-    assert rest == [f"  --prior {key}  ({lines[key]})" for key in sorted(lines)]
-
-
-def test_a_prior_is_taken_by_its_id(tmp_path):
-    priors(tmp_path, IDENTITY, replace(IDENTITY, dtype="bfloat16"), OTHER)
-    assert choose(tmp_path, IDENTITY.id) == IDENTITY
-    assert choose(tmp_path, OTHER.id) == OTHER  # of another model: asked for by name
-
-
-def test_an_unknown_id_lists_those_there_are(tmp_path):
-    priors(tmp_path, IDENTITY, OTHER)
-    with pytest.raises(CacheError) as caught:
-        choose(tmp_path, "0123456789abcdef")
-    assert f"{tmp_path} holds no prior 0123456789abcdef. It holds:" in str(caught.value)
-    assert f"--prior {IDENTITY.id}  (weights aaaaaaaaaaaa)" in str(caught.value)
-    assert f"--prior {OTHER.id}  (weights cccccccccccc)" in str(caught.value)
-
-
-def test_a_cache_of_other_models_lists_them_and_says_what_to_run(tmp_path):
-    with pytest.raises(CacheError) as caught:
-        choose(priors(tmp_path, OTHER))
-    assert str(caught.value) == (
-        f"{tmp_path} holds no prior of this model (weights aaaaaaaaaaaa, config bbbbbbbbbbbb). "
-        f"It holds:\n  --prior {OTHER.id}  (weights cccccccccccc)\n"
-        "Choose one of them with --prior ID, or run:\n  prift precompute ..."
-    )
 
 
 def test_what_is_asked_for_is_what_is_stored_and_read(tmp_path):

@@ -19,8 +19,8 @@ from benchmarks.reading import BATCH, measure
 from prift.cache import PriorCache
 from prift.dataset import PriorDataset, collate
 from prift.forward import install
-from prift.request import digest, request
 from prift.methods import METHODS, weigher
+from prift.request import digest, request
 from prift.trainer import PriftTrainer
 from prift.training_data import TrainOptions, load_data
 from prift.watch import StepGuard
@@ -86,19 +86,16 @@ def test_the_index_of_the_cache_does_not_stay(lab, home):
     data.close()
 
 
-def test_files_are_named_by_all_that_decides_their_values(tmp_path):
+def test_files_are_named_by_all_that_decides_their_values():
     one = request(examples(([1, 2, 3], "011"), ([4, 5], "01")))
-    folder = tmp_path / "0123"
-    (folder / "parts").mkdir(parents=True)
-    found = {digest(one, ["logprob"], folder), digest(one, ["logprob", "rank"], folder)}
-    found.add(digest(request(examples(([4, 5], "01"), ([1, 2, 3], "011"))), ["logprob"], folder))
-    found.add(digest(request(examples(([1, 2, 3], "001"), ([4, 5], "01"))), ["logprob"], folder))
-    found.add(digest(one, ["logprob"], tmp_path / "4567"))
-    (folder / "parts" / "a.parquet").touch()
-    found.add(digest(one, ["logprob"], folder))
+    found = {digest(one, ["logprob"], "0123", []), digest(one, ["logprob", "rank"], "0123", [])}
+    turned = request(examples(([4, 5], "01"), ([1, 2, 3], "011")))
+    found.add(digest(turned, ["logprob"], "0123", []))
+    fewer = request(examples(([1, 2, 3], "001"), ([4, 5], "01")))
+    found.add(digest(fewer, ["logprob"], "0123", []))
+    found.add(digest(one, ["logprob"], "4567", []))
+    found.add(digest(one, ["logprob"], "0123", ["a.parquet"]))
     assert len(found) == 6
-    (folder / "parts" / ".unfinished.parquet").touch()
-    assert digest(one, ["logprob"], folder) in found
 
 
 def command(lab, output: Path, *flags: str) -> list[str]:
@@ -161,7 +158,7 @@ def test_batches_are_grouped_by_the_lengths_that_are_run(tmp_path):
     rows = [(e.input_ids, "".join("01"[int(m)] for m in e.label_mask)) for e in plain.examples]
     repeated = examples(*rows, order=np.tile(np.arange(len(rows)), times))
     prior = {name: np.tile(values, times) for name, values in plain.prior.items()}
-    data = Counting(repeated, prior, chosen)
+    data = Counting(repeated, prior, cut=True)
     model = tiny("llama")
     install(model, chosen)
     arguments = tf.TrainingArguments(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prift import versions
 from prift.backends import BadLogits, TooLarge
 from prift.backends.batches import Batches, Group
 from prift.backends.bodies import rope_edge, tensor
@@ -30,7 +31,7 @@ from prift.identity import PriorIdentity, config_digest, quantization_of, weight
 from prift.memory import free_memory, is_out_of_memory
 from prift.models import attention_for, checkpoint_dtype, load_model, weight_files
 from prift.placement import place
-from prift.stats import CORE, STATS_VERSION, NotADistribution, TokenStats
+from prift.stats import CORE, NotADistribution, TokenStats
 
 START_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Budget of a batch to begin with, in padded tokens: more makes a device no faster."""
@@ -52,7 +53,7 @@ def identify(
         attention=attention_for(config, attention),
         quantization=quantization_of(config),
         backend="hf",
-        stats_version=STATS_VERSION,
+        stats_version=versions.STATS_VERSION,
     )
 
 
