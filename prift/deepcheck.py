@@ -101,8 +101,9 @@ class _Rescored:
         present = np.setdiff1d(np.arange(len(asked.keys)), absent)
         if not len(present):
             raise MissingPrior(
-                f"prior {identity.id} holds none of the {len(asked.keys):,} sequences of --data. The "
-                "data options (--template, --max-length, ...) have to be those of `prift precompute`."
+                f"prior {identity.id} holds none of the {len(asked.keys):,} sequences of --data. "
+                "The data options (--template, --max-length, ...) have to be those of "
+                "`prift precompute`."
             )
         chosen = np.random.default_rng(seed).permutation(present)[:sample]
         self.rows = asked.subset(np.sort(chosen).tolist())
