@@ -22,7 +22,7 @@ ONE = ("logprob",)
 def iw_sft(stats: TokenStats, base: TokenStats, *, low: float = 0.2, high: float = 1.8) -> Tensor:
     """w = p(y) / q(y) held within [low, high]: iw-SFT per token (arXiv 2507.12856), p being the
     source's and q the base's."""
-    _ordered(low, high)
+    _ordered(low=low, high=high)
     return _log_ratio(stats, base).exp().clamp(low, high)
 
 
@@ -37,7 +37,9 @@ def iw_sft_sequence(
 ) -> Tensor:
     """w = exp(temperature * mean over the sequence of log p(y) - log q(y)) held within [0, most]:
     iw-SFT per sequence (arXiv 2507.12856)."""
-    _ordered(0.0, most)
+    _ordered(least=0.0, most=most)
+    if not math.isfinite(temperature):
+        raise OptionError(f"--rule-arg temperature={temperature}: wanted a finite factor.")
     ratio_N = _log_ratio(stats, base)
     own, counts = _groups(sequence_N)
     means = torch.zeros_like(counts).index_add_(0, own, ratio_N.double()) / counts
@@ -68,15 +70,18 @@ def pear(
     least_log: float = -0.08,
     most_log: float = 0.3,
 ) -> Tensor:
-    """w(t) = d^(T - t) * product over later tokens j of r(j), held within [low, high]: PEAR per
-    token (arXiv 2602.01058).
+    """w = d^(T - t) * product over later tokens j of r(j), held within [low, high]: PEAR per token
+    (arXiv 2602.01058).
 
     r = p(y) / q(y), its logarithm held within [least_log, most_log]; t counts the sequence's label
-    tokens and T is the last; d = discount. q must be the model that generated the data. Constants
-    as in a third party's implementation: the authors' code could not be read.
+    tokens and T is the last; d = discount. q must be the model that generated the data. The bounds
+    low and high are those of a third party's implementation, which says that the paper has exp(-10)
+    and exp(5); the authors' code could not be read.
     """
-    _ordered(low, high)
-    _ordered(least_log, most_log)
+    if not 0 < discount <= 1:
+        raise OptionError(f"--rule-arg discount={discount}: wanted a factor above 0, 1 at most.")
+    _ordered(low=low, high=high)
+    _ordered(least_log=least_log, most_log=most_log)
     steps_N = _log_ratio(stats, base).double().clamp(least_log, most_log) + math.log(discount)
     own, counts = _groups(sequence_N)
     order = own.argsort(stable=True)
@@ -114,9 +119,10 @@ def _groups(sequence_N: Tensor) -> tuple[Tensor, Tensor]:
     return own, own.bincount().double()
 
 
-def _ordered(low: float, high: float) -> None:
+def _ordered(**bounds: float) -> None:
+    (below, low), (above, high) = bounds.items()
     if not low <= high:
-        raise OptionError(f"a weight cannot be at least {low} and at most {high}.")
+        raise OptionError(f"--rule-arg {above}={high} is below {below}={low}.")
 
 
 def _share(keep: float) -> float:

@@ -44,6 +44,9 @@ def weigher(
     Raises OptionError for an unknown rule, source or option, or a value of the wrong kind.
     """
     rules = [_rule(word) for word in name.split("*")]
+    twice = [rule.name for i, rule in enumerate(rules) if rule in rules[:i]]
+    if twice:
+        raise OptionError(f"--rule {name} names {twice[0]} twice.")
     needed = any(found.needs for found in rules)
     if needed and source not in SOURCES:
         raise OptionError(f"rule {name} needs --source prior or --source online.")
@@ -77,18 +80,20 @@ def _rule(name: str) -> Rule:
 
 
 def _imported(module: str, function: str) -> Rule:
-    """A rule from the caller's own code, registered there by @rule or a plain function, which then
-    reads the core statistics."""
+    """A rule of the caller's own code."""
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise OptionError(f"--rule {module}:{function} cannot be imported: {error}") from error
-    for known in RULES.values():
-        if known.function is found:
-            return replace(known, name=f"{module}:{function}")
-    raise OptionError(
-        f"--rule {module}:{function} is no rule: put @prift.weigher.rule(name, needs=...) on it."
-    )
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise OptionError(
+            f"--rule {module}:{function} cannot be imported: {error}. Python looks for it in what "
+            "is installed, and in the folders that PYTHONPATH names: PYTHONPATH=. prift train ..."
+        ) from error
+    if not isinstance(getattr(found, "rule", None), Rule):
+        raise OptionError(
+            f"--rule {module}:{function} is no rule: put @prift.weigher.rule(name, needs=...) on "
+            "it."
+        )
+    return replace(found.rule, name=f"{module}:{function}")
 
 
 def _factors(rules: list[Rule], arguments: Mapping[str, str]) -> tuple[Factor, ...]:
@@ -106,7 +111,9 @@ def _factors(rules: list[Rule], arguments: Mapping[str, str]) -> tuple[Factor, .
             both = " and ".join(rules[i].name for i in owners)
             raise OptionError(f"{both} both have {key!r}: say {rules[owners[0]].name}.{key}=...")
         found = rules[owners[0]]
-        kind = found.options()[option].annotation
+        parameter = found.options()[option]
+        plain = parameter.annotation is parameter.empty
+        kind = type(parameter.default) if plain else parameter.annotation
         values[owners[0]][option] = _parse(found.name, option, text, kind)
     return tuple(Factor(found, own) for found, own in zip(rules, values, strict=True))
 
@@ -124,6 +131,10 @@ def _parse(rule_name: str, key: str, text: str, kind: Any) -> Any:
         if text in get_args(kind):
             return text
         wanted = " or ".join(get_args(kind))
+    elif kind is bool:
+        if text in ("true", "false"):
+            return text == "true"
+        wanted = "true or false"
     else:
         try:
             return kind(text)

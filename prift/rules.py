@@ -64,13 +64,14 @@ def threshold(stats: TokenStats, *, low: float = 0.1, high: float = 1.0) -> Tens
     return _between(stats.logprob, low, high)
 
 
-@rule("complement", needs=("logprob",))
-def complement(stats: TokenStats, *, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """w = 1 - q(y) where low <= q(y) <= high, else 0, in [0, 1].
+@rule("prob-threshold", needs=("logprob",))
+def prob_threshold(stats: TokenStats, *, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """w = q(y) where low <= q(y) <= high, else 0, in [0, 1].
 
-    The thresholded losses OnlyTopP (low=t) and OnlyBottomP (high=t) of arXiv 2510.00526.
+    Online, the gradient of the thresholded losses 1 - p of arXiv 2510.00526: OnlyTopP is low=t,
+    OnlyBottomP is high=t. The same thresholds on -log p are the rule threshold.
     """
-    return -torch.expm1(stats.logprob) * _between(stats.logprob, low, high)
+    return torch.exp(stats.logprob) * _between(stats.logprob, low, high)
 
 
 @rule("focal", needs=("logprob",))
@@ -117,8 +118,13 @@ def eaft_full(stats: TokenStats, *, alpha: float = 1.0) -> Tensor:
 @rule("idft", needs=("logprob", "entropy"))
 def idft(stats: TokenStats, *, beta: float = 1.0, low: float = 0.1, high: float = 2.0) -> Tensor:
     """w = q(y)^g, g = exp(-(log q(y) + H) / beta) held within [low, high]: IDFT
-    (arXiv 2602.12222), without its ramp over training."""
+    (arXiv 2602.12222), without its ramp over training.
+
+    w is a constant, as every weight. The authors' code holds g constant and not q(y)^g: its
+    gradient is that of the weight q(y)^g (1 + g log q(y)), negative where q(y) < exp(-1 / g).
+    """
     _check("beta", beta, math.ulp(0.0), math.inf, "a finite temperature above 0")
+    _check("high", high, 0, math.inf, "a finite power of 0 or more")
     _check("low", low, 0, high, "a power of 0 or more, not above high")
     power_N = torch.exp(-(stats.logprob + stats.entropy) / beta).clamp(low, high)
     return _power(stats.logprob, power_N)
@@ -145,8 +151,9 @@ def talr(stats: TokenStats, sequence_N: Tensor, *, floor: float = 0.01) -> Tenso
     """w = max(q(y)^(1 / t), floor), t the median over sequences of their mean -log q(y), at least
     1e-6: TALR (arXiv 2509.20758).
 
-    As in a re-implementation (shankarp8/distillation-retains-capabilities): the authors' code is
-    not public, and whether they renormalise the weights could not be confirmed.
+    As in a re-implementation (shankarp8/distillation-retains-capabilities), which takes the lower
+    of two middle values for their median: the authors' code is not public, and whether they
+    renormalise the weights could not be confirmed.
     """
     _check("floor", floor, 0, 1, "a weight, in [0, 1]")
     if not len(stats.logprob):
@@ -154,8 +161,10 @@ def talr(stats: TokenStats, sequence_N: Tensor, *, floor: float = 0.01) -> Tenso
     _, own = sequence_N.unique(return_inverse=True)
     counts = own.bincount().double()
     means = torch.zeros_like(counts).index_add_(0, own, -stats.logprob.double()) / counts
-    temperature = means.quantile(0.5).clamp_min(1e-6)
-    return torch.exp(stats.logprob.double() / temperature).clamp_min(floor).float()
+    ordered = means.sort().values
+    median = (ordered[(len(means) - 1) // 2] + ordered[len(means) // 2]) / 2
+    logs_N = stats.logprob.double() / median.clamp_min(1e-6)
+    return torch.where(stats.logprob.isneginf(), 0.0, logs_N.exp()).clamp_min(floor).float()
 
 
 @rule("ranktuner", needs=("logprob", "rank", "entropy"))
@@ -163,13 +172,14 @@ def ranktuner(stats: TokenStats, *, factor: Literal["prob", "one"] = "prob") -> 
     """w = f * (q(y) s)^-K, K = log2(x + 1)^-2, x = max(R, s), s = 2^(H / log 2) / 4 + 1: RankTuner
     (arXiv 2602.01745) in its practical form; f is q(y), as for mathematics, or 1.
 
-    R is the rank of y and H its entropy in nats. The bound s on the expected rank is read from a
-    summary of the paper and not confirmed.
+    R is the rank of y and H the entropy in nats. Read from summaries of the paper, which say that s
+    is its lower bound of the expected rank for an entropy of 2 bits or more; not confirmed from
+    the paper or its code.
     """
     bound_N = torch.exp2(stats.entropy.double() / math.log(2)) / 4 + 1
     power_N = torch.log2(torch.maximum(stats.rank.double(), bound_N) + 1) ** -2
-    own = 1.0 if factor == "prob" else 0.0
-    logs_N = own * stats.logprob.double() - power_N * (stats.logprob.double() + bound_N.log())
+    own = 1.0 if factor == "prob" else 0.0  # joined to the other power: q(y) = 0 is no 0 * inf
+    logs_N = (own - power_N) * stats.logprob.double() - power_N * bound_N.log()
     return logs_N.exp().float()
 
 
@@ -184,14 +194,11 @@ def ranktuner_exact(stats: TokenStats, *, factor: Literal["prob", "one"] = "prob
 
 @rule("self-reference", needs=("logprob", "entropy"), scope="batch")
 def self_reference(
-    stats: TokenStats, *, by: Literal["loss", "entropy", "both"] = "both", keep: float = 0.75
+    stats: TokenStats, *, by: Literal["loss", "entropy", "both"] = "both", keep: float = 0.7
 ) -> Tensor:
     """w = 1 for the share `keep` of tokens with the least loss -log q(y), the least entropy, or
-    both (the intersection), else 0: the self-reference of Rho-1 (arXiv 2404.07965, section 3.4).
-
-    That the least and not the largest are kept is this project's reading; the paper's appendix
-    could not be read.
-    """
+    both (the intersection), else 0: the self-reference of Rho-1 (arXiv 2404.07965, section 3.4 and
+    appendix H)."""
     _check("keep", keep, 0, 1, "a share, in [0, 1]")
     kept = torch.ones_like(stats.logprob)
     if by in ("loss", "both"):
@@ -217,8 +224,8 @@ def _between(logprob_N: Tensor, low: float, high: float) -> Tensor:
 
 
 def _power(logprob_N: Tensor, power_N: Tensor) -> Tensor:
-    """q(y)^power; 0 where q(y) is."""
-    return torch.where(logprob_N.isneginf() & (power_N > 0), 0.0, torch.exp(power_N * logprob_N))
+    """q(y)^power, 0^0 being 1."""
+    return torch.where(power_N == 0, 1.0, torch.exp(power_N * logprob_N))
 
 
 def _check(name: str, value: float, least: float, most: float, wanted: str) -> None:

@@ -7,12 +7,13 @@ makes DFT and PriFT-prob the same rule.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prift.errors import OptionError
 from prift.stats import TokenStats
 
 SOURCES = ("prior", "online")
@@ -44,9 +45,29 @@ class Rule:
     signed: bool = False
     base: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        known, given = {f.name for f in fields(TokenStats)}, {"stats", "base", "sequence_N"}
+        odd = [n for n in (*self.needs, *self.base) if n not in known]
+        if odd:
+            raise OptionError(
+                f"rule {self.name} reads {odd[0]!r}, which is no statistic. There are: "
+                f"{', '.join(f.name for f in fields(TokenStats))}."
+            )
+        if self.scope not in SCOPES:
+            raise OptionError(
+                f"rule {self.name} has the scope {self.scope!r}. There are: {', '.join(SCOPES)}."
+            )
+        odd = [n for n in self.given() if n not in given]
+        odd += [n for n, p in self.options().items() if p.default is p.empty]
+        if odd:
+            raise OptionError(
+                f"rule {self.name} takes {odd[0]!r}: a rule is given stats, base and sequence_N, "
+                "and all else is an option behind a *, with a default."
+            )
+
     def options(self) -> dict[str, inspect.Parameter]:
         """Keyword options, by name."""
-        parameters = inspect.signature(self.function).parameters
+        parameters = inspect.signature(self.function, eval_str=True).parameters
         return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
     def given(self) -> list[str]:
@@ -141,10 +162,13 @@ def rule(
     signed: bool = False,
     base: tuple[str, ...] = (),
 ) -> Callable[[Callable], Callable]:
-    """Registers a rule function under `name`. See Rule."""
+    """Makes a function a rule, as its attribute `rule`. See Rule. prift's own are known by `name`,
+    any other by its import path alone."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        RULES[name] = Rule(name, needs, function, scope, signed, base)
+        function.rule = Rule(name, needs, function, scope, signed, base)
+        if function.__module__.startswith("prift."):
+            RULES[name] = function.rule
         return function
 
     return register
