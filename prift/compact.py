@@ -14,25 +14,22 @@ compaction finds them.
 """
 
 import itertools
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from prift import parts
 from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError
-from prift.identity import PriorIdentity, canonical_json
+from prift.identity import PriorIdentity
 from prift.index import Index, PartIndex
 from prift.inventory import choose
+from prift.merging import Merge, merged
 from prift.progress import progress
 from prift.roots import Root
-from prift.writer import PartWriter
 
 TARGET_TOKENS = 1 << 22
 """Scored positions from which on a part is large enough: as many as the writer puts in one."""
@@ -62,14 +59,6 @@ class Compacted:
     made_bytes: int
     duplicates: int
     left: int
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """Parts that follow one another, and the time in the name of the one that replaces them."""
-
-    sources: list[PartIndex]
-    time: str
 
 
 def compact(
@@ -229,92 +218,3 @@ class _Run:
             duplicates=self._duplicates,
             left=self._left,
         )
-
-
-def merged(
-    root: Root,
-    prior: str,
-    merge: Merge,
-    paths: Sequence[Path],
-    advance: Callable[[int], None] = lambda tokens: None,
-) -> tuple[Path, int]:
-    """Publishes one part with the rows of the sources that serve readers; its path on this disk,
-    and how many they are. paths: of the sources. Raises CacheError."""
-    first = merge.sources[0]
-    names = tuple(n for n in parts.COLUMN_TYPES if n in first.names)
-    index = Index(merge.sources)
-    keys, flat, counts = (
-        np.concatenate([getattr(part, field) for part in merge.sources])
-        for field in ("keys", "spans", "counts")
-    )
-    keep = index.find(keys, flat, counts, names) == np.arange(len(keys))
-    for path in paths:
-        parts.check_hash(path)
-    facts = {"prift": json.dumps(_facts(paths), sort_keys=True)}
-    writer = None
-    try:
-        writer = PartWriter(
-            root.parts_folder(prior),
-            names,
-            facts,
-            lambda f, n: root.publish(prior, f, n),
-            first.half,
-        )
-        at = 0
-        for path in paths:
-            for group in parts.read_row_groups(path, ["key", "length", "spans", *names]):
-                rows = slice(at, at + len(group["length"]))
-                _add(writer, path, group, names, keep[rows], index.tokens[rows])
-                advance(int(index.tokens[rows].sum()))
-                at = rows.stop
-        return writer.finish(merge.time), int(keep.sum())
-    except BaseException as error:
-        if writer is not None:
-            writer.abandon()
-        if isinstance(error, OSError):
-            raise CacheError(
-                f"cannot write to the cache {root.where(prior)}: {error.strerror or error}. "
-                "Nothing was deleted; once there is room and permission, run the same command "
-                "again."
-            ) from error
-        raise
-
-
-def _add(
-    writer: PartWriter,
-    path: Path,
-    group: dict,
-    names: Sequence[str],
-    keep: np.ndarray,
-    tokens: np.ndarray,
-) -> None:
-    """Adds the rows to keep of a row group; tokens: scored positions of each row."""
-    runs, run_counts = group["spans"]
-    for name in names:
-        if not np.array_equal(group[name][1], tokens):
-            raise parts.damaged(path, f"a row's {name} contradict its spans")
-    ends, run_ends = np.cumsum(tokens), np.cumsum(run_counts)
-    for i in np.flatnonzero(keep).tolist():
-        values = slice(ends[i] - tokens[i], ends[i])
-        writer.add(
-            bytes(group["key"][i]),
-            int(group["length"][i]),
-            runs[run_ends[i] - run_counts[i] : run_ends[i]],
-            {name: group[name][0][values] for name in names},
-        )
-
-
-def _facts(paths: Sequence[Path]) -> list:
-    """The distinct provenances of these parts, as they come; a text that is no JSON as a text."""
-    found = {}
-    for path in paths:
-        text = (pq.read_schema(path).metadata or {}).get(b"prift")
-        if text is None:
-            continue
-        try:
-            fact = json.loads(text)
-        except ValueError:
-            fact = text.decode(errors="replace")
-        for one in fact if isinstance(fact, list) else [fact]:
-            found.setdefault(canonical_json(one), one)
-    return list(found.values())
