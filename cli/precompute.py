@@ -70,6 +70,13 @@ from .options import attention, data_options, data_spec, dtype_choice
     help="How often scored rows become visible; a kill loses no more than this.",
 )
 @click.option(
+    "--shard",
+    metavar="I/N",
+    help="Score share I of N only, counted from 0; the N shares are the whole "
+    "(docs/cache.md#many-at-once).  [default: from RANK and WORLD_SIZE (torchrun) or SLURM_PROCID "
+    "and SLURM_NTASKS (srun); else everything]",
+)
+@click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
     default="local",
@@ -96,7 +103,8 @@ from .options import attention, data_options, data_spec, dtype_choice
 def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
     """Run the pretrained model once over the data and store what it thought of every token.
 
-    Scores only what the cache lacks: run it again to continue, or after adding data.
+    Scores only what the cache lacks: run it again to continue, or after adding data. Several
+    processes may run it at once, and share the work.
 
     \b
     Example:
@@ -109,19 +117,32 @@ def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
     from prift.backends import ray_data
     from prift.precompute import PrecomputeOptions
     from prift.precompute import precompute as run
+    from prift.shards import choose_shard
+    from prift.signals import Stopped, Stopping
 
     quiet()
     spec = data_spec(options)
     model, cache = options.pop("model"), options.pop("cache")
     options["compiled"] = options.pop("compile")
     del options["config"], options["debug"]
-    with ray_data.session() if options["engine"] == "ray" else nullcontext():
-        result = run(model, spec, cache, PrecomputeOptions(**options), say)
+    alone = options["engine"] == "ray" and options["shard"] is None  # Ray shares out the work
+    shard, device = (None, None) if alone else choose_shard(options["shard"])
+    options["shard"], options["device"] = shard, device
+    if shard is not None:
+        where = f", on {device}" if device else ""
+        click.echo(f"share {shard} of the sequences ({shard.source}){where}", err=True)
+    try:
+        with Stopping("the part in work is finished; a second signal ends at once"):
+            with ray_data.session() if options["engine"] == "ray" else nullcontext():
+                result = run(model, spec, cache, PrecomputeOptions(**options), say)
+    except Stopped as stop:
+        ctx.exit(128 + stop.signal)
     if json_output:
         click.echo(json.dumps(asdict(result)))
         return
     rate = result.scored_tokens / max(result.seconds, 1e-9)
+    share = "" if shard is None else f"share {shard}: "
     click.echo(
-        f"{result.scored:,} sequences scored ({result.scored_tokens:,} tokens, "
+        f"{share}{result.scored:,} sequences scored ({result.scored_tokens:,} tokens, "
         f"{result.seconds:.1f} s, {rate:,.0f} tok/s)\ncache: {result.folder}"
     )

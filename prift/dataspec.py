@@ -54,7 +54,12 @@ class DataSpec:
         return examples
 
     def windows(
-        self, tokenizer: Any, config: Any, rows: int, advance: Callable[[int], None]
+        self,
+        tokenizer: Any,
+        config: Any,
+        rows: int,
+        advance: Callable[[int], None],
+        owns: Callable[[Any], bool] | None = None,
     ) -> Iterator[Window]:
         """The same examples a window at a time, each window checked: see `load_windows`."""
         vocabulary = vocabulary_size(config)
@@ -71,6 +76,7 @@ class DataSpec:
             data_weights=self.weights or None,
             rows=rows,
             advance=advance,
+            owns=owns,
         )
         return map(checked, windows)  # unlike a generator, it keeps no window that it has given
 

@@ -76,8 +76,8 @@ class Examples(Sequence[Example]):
         return self._store.where(self._order[index])
 
     def max_id(self) -> int:
-        """The largest token id, for asking whether a model's vocabulary has it."""
-        return int(self._ids.max())
+        """The largest token id, -1 where there is none, for asking whether a model's vocabulary has it."""
+        return int(self._ids.max(initial=-1))
 
 
 def load_examples(
@@ -138,6 +138,7 @@ def load_windows(
     data_weights: Sequence[float] | None = None,
     rows: int = WINDOW_ROWS,
     advance: Callable[[int], None] = lambda amount: None,
+    owns: Callable[[np.ndarray], bool] | None = None,
 ) -> Iterator[Window]:
     """Every example that `load_examples` has, once each, in windows of `rows`; same order.
 
@@ -145,6 +146,8 @@ def load_windows(
     dataset is read twice: first to count.
 
     advance  called after each batch of rows read, with their number; may raise to end the reading
+    owns     of the input_ids: the windows hold only examples of which it is true, the report counts
+             all. Where it is true of none, there is one window without an example
 
     Raises as load_examples does, the first unfit row behind the windows before it. A window with
     examples that `load_examples` would refuse is not given, nor is any after it: the rest is read
@@ -153,6 +156,7 @@ def load_windows(
     weights = list(data_weights) if data_weights is not None else [1.0] * len(data)
     _check(data, options, context, weights)
     loader, store = Loader(tokenizer, options, context, batch=rows), Store()
+    given = False
     for number, (one, weight) in enumerate(zip(data, weights, strict=True)):
         seed = [options.seed, number]
         drawn = None  # all
@@ -168,9 +172,11 @@ def load_windows(
                 tokens.append(len(encoded.input_ids))
                 labels.append(int(encoded.label_mask.sum()))
                 if drawn is None or drawn[len(tokens) - 1]:
-                    store.add(encoded, row)
+                    if owns is None or owns(encoded.input_ids):
+                        store.add(encoded, row)
                 if len(store) >= rows or len(store.ids) >= _WINDOW_TOKENS:
                     yield Window(Examples(store, np.arange(len(store)), loader.report), False)
+                    given = True
                     store = Store()
         order = _weighted(len(tokens), weight, seed)
         totals = (int(np.frombuffer(x, np.int64)[order].sum()) for x in (tokens, labels))
@@ -178,7 +184,7 @@ def load_windows(
     loader.refuse_unfit()
     if loader.report.examples == 0:
         raise _nothing(data)
-    if len(store):
+    if len(store) or not given:
         yield Window(Examples(store, np.arange(len(store)), loader.report), True)
 
 

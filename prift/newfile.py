@@ -1,11 +1,16 @@
 """A file that appears whole or not at all, and knows the hash of its bytes."""
 
+import contextlib
 import hashlib
 import os
-import socket
+import time
 import uuid
 from pathlib import Path
 from typing import Any
+
+from prift.process import alive, signature
+
+_DAY = 24 * 3600
 
 
 class NewFile:
@@ -15,9 +20,8 @@ class NewFile:
     """
 
     def __init__(self, folder: Path):
-        # Random too: a container started again has the same host name and process ids.
-        unique = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._folder, self._path = folder, folder / f".{unique}.tmp"
+        self._folder = folder
+        self._path = folder / f".{signature()}-{uuid.uuid4().hex[:8]}.tmp"
         self._raw = open(self._path, "xb", buffering=0)
         self._hash = hashlib.sha256()
         self.closed = self._abandoned = False
@@ -60,3 +64,13 @@ class NewFile:
         self._abandoned = True
         self._raw.close()
         self._path.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes what killed processes had begun here: at once where the process was one of this
+    machine, after a day without a write where that cannot be told. Never a live writer's."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+            lives = alive(path.name[1:-4].rpartition("-")[0])
+            if lives is False or (lives is None and time.time() - path.stat().st_mtime > _DAY):
+                path.unlink()

@@ -51,6 +51,18 @@ def place(folder: Path, dtype: str, device: str | None = None) -> Placement:
     return choose(weight_bytes(folder, dtype), free, f"{folder} in {dtype}")
 
 
+def device_of(rank: int | None) -> str | None:
+    """The CUDA device, made the current one, of a process that has this number among those of its
+    machine; None where there is no number or no CUDA."""
+    import torch
+
+    if rank is None or not torch.cuda.is_available():
+        return None
+    index = rank % torch.cuda.device_count()  # some launchers show each process its own alone
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
+
+
 def choose(needed: int, free: dict[int, int], what: str = "the model") -> Placement:
     """The placement of `needed` bytes of weights, given the free bytes of each CUDA device.
 

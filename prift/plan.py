@@ -3,9 +3,10 @@
 A Planner runs in the thread that reads ahead, so its counts are complete only when that is over.
 """
 
+import hashlib
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,11 +18,28 @@ from prift.request import Request, request
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The rows to score of one window; todo.index counts within `examples`. last: see Window."""
+    """The rows to score of one window; todo.index counts within `examples`.
+
+    fresh   bool [N]: rows that no earlier window of this run asked for
+    number  of the window, from 0; name: a hash of all that it asks for, whatever the cache has
+    last    see Window
+    """
 
     examples: Examples
     todo: Request
+    fresh: np.ndarray
     last: bool
+    number: int = 0
+    name: str = ""
+
+    def subset(self, rows: np.ndarray) -> "Plan":
+        """To score these rows only."""
+        return replace(self, todo=self.todo.subset(rows), fresh=self.fresh[rows])
+
+    @property
+    def tokens(self) -> int:
+        """Of the sequences to score."""
+        return int(self.examples.lengths[self.todo.index].sum())
 
 
 class Planner:
@@ -30,13 +48,13 @@ class Planner:
     positions  'labels' or 'all'
     names      statistics wanted of each row
 
-    sequences      distinct ones so far; `scored` of them are to be scored by this run
+    sequences      distinct ones so far; `scored` of them were not in the cache when planned
     scored_tokens  in the rows to be scored; statistics_tokens: the positions asked for in them
     """
 
     def __init__(self, cache: PriorCache, positions: str, names: Sequence[str]):
         self._cache, self._positions, self.names = cache, positions, names
-        self._asked = _Asked()
+        self._asked, self._windows = _Asked(), 0
         self.scored = self.scored_tokens = self.statistics_tokens = 0
 
     @property
@@ -56,10 +74,35 @@ class Planner:
         before = [scored[i] for i in rows]
         todo = Request(todo.keys, list(map(spans.union, before, todo.spans)), todo.index)
         self._asked.add(wanted.keys, todo.keys, todo.spans)
-        self.scored += sum(len(runs) == 0 for runs in before)
-        self.scored_tokens += int(window.examples.lengths[todo.index].sum())
+        fresh = np.array([len(runs) == 0 for runs in before], bool)
+        name = _digest(wanted, self._positions, self.names)
+        plan = Plan(window.examples, todo, fresh, window.last, self._windows, name)
+        self._windows += 1
+        self.scored += int(fresh.sum())
+        self.scored_tokens += plan.tokens
         self.statistics_tokens += todo.num_positions
-        return Plan(window.examples, todo, window.last)
+        return plan
+
+
+def _digest(wanted: Request, positions: str, names: Sequence[str]) -> str:
+    """24 hex digits."""
+    found = hashlib.sha256(" ".join([positions, *names]).encode())
+    for array_ in (wanted.keys, *spans.flat(wanted.spans)):
+        found.update(array_.tobytes())
+    return found.hexdigest()[:24]
+
+
+def lacking(plans: Iterator[Plan], tell: Callable[[], None]) -> Iterator[Plan]:
+    """The plans with something to score. Calls `tell` once all is read, before the last of them."""
+    told = False
+    for plan in plans:
+        if plan.last:
+            told = True
+            tell()
+        if len(plan.todo.keys):
+            yield plan
+    if not told:
+        tell()
 
 
 class _Asked:

@@ -8,26 +8,30 @@ cache has of it, and another thread writes, so the device waits for neither.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from prift import spans
-from prift.backends import BadLogits, Scorer, TooLarge, hf, ray_data
+from prift.backends import Scorer, hf, ray_data
 from prift.background import Consumer, Prefetch
 from prift.cache import PriorCache
+from prift.claims import Claims
 from prift.dataspec import DataSpec
-from prift.errors import ModelError, OptionError
+from prift.errors import OptionError
 from prift.examples import WINDOW_ROWS, Window
 from prift.identity import PriorIdentity
 from prift.models import load_config, locate, weight_files
-from prift.plan import Plan, Planner
+from prift.newfile import remove_stale
+from prift.plan import Plan, Planner, lacking
 from prift.progress import progress
 from prift.provenance import provenance
 from prift.report import Report
+from prift.scoring import Storing, score_plan
+from prift.shards import Shard
 from prift.stats import STATISTICS
+from prift.turns import Turns
 from prift.writer import CacheWriter
 
 _AHEAD = 1  # planned windows that wait; one more is being made
@@ -39,6 +43,8 @@ class PrecomputeOptions:
     """How the prior is run. See `prift precompute --help`.
 
     window_rows  see examples.load_windows; None: what suits the engine
+    shard        the share of the sequences that is scored here; None: all
+    device       see placement.place
     """
 
     dtype: str = "auto"
@@ -54,11 +60,17 @@ class PrecomputeOptions:
     ray_workers: int | None = None
     ray_gpus: int | None = None
     window_rows: int | None = None
+    shard: Shard | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
 class Precomputed:
-    """What a run did. sequences are distinct; `scored` of them were not in the cache before."""
+    """What a run did. sequences are distinct; `scored` of them were not in the cache before, nor
+    scored by others meanwhile.
+
+    shard  'i/n', of which alone these are counts; examples are of the whole data. None: all
+    """
 
     prior: str
     folder: str
@@ -68,6 +80,7 @@ class Precomputed:
     scored_tokens: int
     statistics_tokens: int
     seconds: float
+    shard: str | None = None
 
 
 def precompute(
@@ -87,8 +100,13 @@ def precompute(
     weight_files(folder)  # refuses a folder without them before the data are read
     rows = options.window_rows or _suited_rows(options)
     tokenizer = spec.tokenizer_of(folder)
+
+    def read(advance: Callable[[int], None]) -> Iterator[Window]:
+        owns = options.shard.owns if options.shard else None
+        return spec.windows(tokenizer, config, rows, advance, owns)
+
     with Prefetch(_AHEAD) as ahead:
-        windows, report, known = _begun(spec, tokenizer, config, rows, ahead.check)
+        windows, report, known = _begun(read, ahead.check)
         for line in known:
             say(line)
         identity = _identify(folder, config, options)
@@ -96,33 +114,71 @@ def precompute(
         planner = Planner(cache, options.positions, STATISTICS[options.statistics])
         plans = ahead.start(map(planner.plan, windows))
         del windows  # the thread's now
-        plans = _lacking(plans, lambda: _totals(report, known, identity, planner, say))
-        plan = next(plans, None)
-        started = time.monotonic()
-        if plan is not None:
-            if not plan.last:
-                say(f"prior {identity.id}: scored while the rest of the data is read")
+        plans = lacking(
+            plans, lambda: _totals(report, known, identity, planner, options.shard, say)
+        )
+        claims = Claims(cache.root, identity.id, str(options.shard or "0/1"))
+        turns = Turns(cache, claims, planner.names, lambda: read(lambda amount: None), say)
+
+        def load() -> tuple[Scorer, dict[str, str]]:
             scorer = _load(model, folder, config, identity, options, say)
             how = {"positions": options.positions, "batch_tokens": options.batch_tokens}
-            facts = provenance(model, folder, tokenizer, spec, scorer.device_name, how)
-            with (
-                CacheWriter(cache_root, identity, facts, options.part_seconds) as writer,
-                Consumer(lambda row: writer.add(*row), _UNWRITTEN) as rows,
-                progress("scoring", total=lambda: planner.scored_tokens, unit="tok") as advance,
-            ):
-                while plan is not None:
-                    _score(scorer, plan, planner.names, rows, advance)
-                    plan = next(plans, None)
+            return scorer, provenance(model, folder, tokenizer, spec, scorer.device_name, how)
+
+        started = time.monotonic()
+        _work(plans, turns, planner, load, options.part_seconds, say)
         return Precomputed(
             prior=identity.id,
             folder=str(cache.folder),
             examples=report.examples,
             sequences=planner.sequences,
-            scored=planner.scored,
-            scored_tokens=planner.scored_tokens,
-            statistics_tokens=planner.statistics_tokens,
+            scored=turns.scored,
+            scored_tokens=turns.scored_tokens,
+            statistics_tokens=turns.statistics_tokens,
             seconds=time.monotonic() - started,
+            shard=str(options.shard) if options.shard else None,
         )
+
+
+def _work(
+    plans: Iterator[Plan],
+    turns: Turns,
+    planner: Planner,
+    load: Callable[[], tuple[Scorer, dict[str, str]]],
+    part_seconds: float,
+    say: Callable[[str], None],
+) -> None:
+    """Scores the plans, and what others leave undone. Where nothing is to be scored, nothing is
+    loaded or written. On an interrupt it says what is kept."""
+    writer, cache = None, turns.cache
+    try:
+        with turns.claims:
+            plans = turns.take(plans)
+            plan = next(plans, None)
+            if plan is None:
+                return
+            if not plan.last:
+                say(f"prior {cache.identity.id}: scored while the rest of the data is read")
+            scorer, facts = load()
+            writer = CacheWriter(cache.root, cache.identity, facts, part_seconds)
+            remove_stale(cache.root.parts_folder(cache.identity.id))
+            turns.own = writer.published
+            with (
+                writer,
+                Consumer(Storing(writer, turns.claims).handle, _UNWRITTEN) as rows,
+                progress(
+                    "scoring", lambda: planner.scored_tokens - turns.left_tokens, "tok"
+                ) as advance,
+            ):
+                while plan is not None:
+                    score_plan(scorer, plan, planner.names, rows.put, advance)
+                    rows.put(plan.name)
+                    plan = next(plans, None)
+    except KeyboardInterrupt:
+        kept = writer.visible if writer is not None else 0
+        say(f"stopped: {kept:,} sequences scored by this run are kept in {cache.folder}. The same "
+            "command goes on from there.")  # fmt: skip
+        raise
 
 
 def _identify(folder: Path, config: Any, options: PrecomputeOptions) -> PriorIdentity:
@@ -162,11 +218,11 @@ def _load(
     if options.engine == "ray":
         share = {"workers": options.ray_workers, "gpus": options.ray_gpus}
         return ray_data.load(model, identity, **share, **how)
-    return hf.load(folder, config, identity, **how)
+    return hf.load(folder, config, identity, device=options.device, **how)
 
 
 def _begun(
-    spec: DataSpec, tokenizer: Any, config: Any, rows: int, check: Callable[[], None]
+    read: Callable[[Callable[[int], None]], Iterator[Window]], check: Callable[[], None]
 ) -> tuple[Iterator[Window], Report, list[str]]:
     """The windows; the report that their reading fills in; and what to say of it already, which
     is nothing where one window is all. The first window is read here: what is wrong with options
@@ -177,24 +233,11 @@ def _begun(
             check()
             shown(amount)
 
-        windows = spec.windows(tokenizer, config, rows, advance)
+        windows = read(advance)
         first = next(windows)
     report = first.examples.report
     known = [] if first.last else report.format_lines()
     return chain([first], windows), report, known
-
-
-def _lacking(plans: Iterator[Plan], tell: Callable[[], None]) -> Iterator[Plan]:
-    """The plans with something to score. Calls `tell` once all is read, before the last of them."""
-    told = False
-    for plan in plans:
-        if plan.last:
-            told = True
-            tell()
-        if len(plan.todo.keys):
-            yield plan
-    if not told:
-        tell()
 
 
 def _totals(
@@ -202,60 +245,15 @@ def _totals(
     known: list[str],
     identity: PriorIdentity,
     planner: Planner,
+    shard: Shard | None,
     say: Callable[[str], None],
 ) -> None:
     for line in report.lines():
         if line not in known:
             say(line)
     found = planner.sequences - planner.scored
+    of = f" of share {shard}" if shard else ""
     say(
-        f"prior {identity.id}: {planner.sequences:,} distinct sequences, "
+        f"prior {identity.id}: {planner.sequences:,} distinct sequences{of}, "
         f"{found:,} in the cache, {planner.scored:,} to score"
     )
-
-
-def _score(
-    scorer: Scorer,
-    plan: Plan,
-    names: Sequence[str],
-    rows: Consumer[tuple],
-    advance: Callable[[int], None],
-) -> None:
-    """Scores one window's rows and hands each to the writer: CacheWriter.add's arguments."""
-    examples, todo = plan.examples, plan.todo
-    size = len(todo.keys)
-    sequences = _Lazy(size, lambda i: examples[int(todo.index[i])].input_ids)
-    positions = _Lazy(size, lambda i: spans.positions_of(todo.spans[i]))
-    try:
-        for i, stats in scorer.score(sequences, positions, names):
-            values = {n: getattr(stats, n).numpy() for n in stats.names()}
-            length = len(sequences[i])
-            rows.put((bytes(todo.keys[i]), length, todo.spans[i], values))
-            advance(length)
-    except BadLogits as error:
-        raise ModelError(
-            f"{examples.where(todo.index[error.index])}: the model's logits for token "
-            f"{error.position} are NaN, +inf, or all -inf. Nothing of this example was stored. "
-            "Half-precision overflow is the usual cause: try --dtype bfloat16 or float32."
-        ) from error
-    except TooLarge as error:
-        raise ModelError(
-            f"{examples.where(todo.index[error.index])}: a sequence of "
-            f"{len(sequences[error.index]):,} tokens does not fit into memory even alone. Cut it "
-            "with --max-length."
-        ) from error
-
-
-class _Lazy(Sequence):
-    """A sequence whose items are made when asked for, so that memory stays flat."""
-
-    def __init__(self, size: int, get: Callable[[int], Any]):
-        self._size, self._get = size, get
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, i: Any) -> Any:
-        if not 0 <= i < self._size:
-            raise IndexError(i)
-        return self._get(i)

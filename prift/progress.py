@@ -1,9 +1,11 @@
-"""Progress bars for long work: on stderr, silent when stderr is not a terminal.
+"""Progress bars for long work: on stderr, silent when stderr is not a terminal, and in all but
+the first process that torchrun starts.
 
 with progress("scoring", total=n, unit="tok") as advance:
     advance(512)
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ def progress(
 
     total  a function where it grows: asked at each step
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield lambda amount: None
         return
     from rich.console import Console

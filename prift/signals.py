@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM as a request that work answers when it can."""
+"""SIGINT (Ctrl-C) and SIGTERM: as a request that work answers when it can, or as an exception."""
 
 import os
 import signal
@@ -37,3 +37,22 @@ class Signals:
                 os.write(2, f"{signal.Signals(number).name}: {self._answer}\n".encode())
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal, raised where the main thread was. `signal` is its number."""
+
+    def __init__(self, signal: int):
+        super().__init__()
+        self.signal = signal
+
+
+class Stopping(Signals):
+    """Inside `with`, the first signal raises Stopped in the main thread, as Ctrl-C raises
+    KeyboardInterrupt; a second one ends the process at once, with 128 + its number."""
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + number)
+        super()._handle(number, frame)
+        raise Stopped(number)

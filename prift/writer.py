@@ -39,6 +39,8 @@ class CacheWriter:
                     how much work a kill may lose
     half            floats are stored in float16 where that does, see parts.schema
 
+    published  names of the parts finished so far; `visible` rows are in them
+
     On leaving, by an exception too, the rows added so far are kept: each of them is whole.
     Raises CacheError where the disk or the store refuses.
     """
@@ -55,6 +57,8 @@ class CacheWriter:
         self._prior = identity.id
         self._provenance, self._seconds, self._half = provenance, part_seconds, half
         self._part: PartWriter | None = None
+        self.published: set[str] = set()
+        self.visible = self._rows = 0
         with self._guard():
             self._root.begin(self._prior, identity.json())
 
@@ -75,19 +79,28 @@ class CacheWriter:
                     folder, tuple(stats), self._provenance, self._publish, self._half
                 )
             self._part.add(key, length, spans, stats)
+            self._rows += 1
         old = time.monotonic() - self._part.started > self._seconds
         if old or self._part.tokens >= _MAX_PART_TOKENS:
             self.flush()
 
     def _publish(self, file: NewFile, name: str) -> Path:
-        return self._root.publish(self._prior, file, name)
+        path = self._root.publish(self._prior, file, name)
+        self.published.add(name)
+        return path
+
+    @property
+    def pending(self) -> bool:
+        """Whether rows were added that are not visible yet."""
+        return self._part is not None
 
     def flush(self) -> None:
         """Finishes the part being written, if there is one."""
         if self._part is not None:
             with self._guard():
                 self._part.finish()
-                self._part = None
+                self.visible += self._rows
+                self._part, self._rows = None, 0
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -98,11 +111,12 @@ class CacheWriter:
         except BaseException as error:
             if self._part is not None and self._part.broken:
                 self._part.abandon()
-                self._part = None
+                self._part, self._rows = None, 0
             if isinstance(error, OSError):
-                where = self._root.where(self._prior)
+                where, folder = self._root.where(self._prior), self._root.parts_folder(self._prior)
+                beside = "" if str(folder.parent) == where else f" by way of {folder}"
                 raise CacheError(
-                    f"cannot write to the cache {where}: {error.strerror or error}. "
+                    f"cannot write to the cache {where}{beside}: {error.strerror or error}. "
                     "Finished parts are kept; once there is room and permission, run the same "
                     "command again."
                 ) from error

@@ -1,0 +1,105 @@
+"""Which windows of the data other processes have in work, so that few score the same.
+
+Claims are small files below the prior. They are advice: whoever ignores one does work twice and
+no harm, and one that a killed process left behind stops nobody.
+"""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterable
+
+from prift.errors import CacheError
+from prift.process import alive, signature
+from prift.roots import Root
+
+_DAY = 24 * 3600
+_LOOK_SECONDS = 0.2
+_PATIENCE = 600.0  # seconds: then a window is scored, whoever is at it
+
+
+class Claims:
+    """Claims of one process on the windows of its share; a context manager that gives back those
+    it still has.
+
+    share  'i/n': processes with other shares of the same n never meet
+
+    Raises CacheError where the cache cannot be written.
+    """
+
+    def __init__(self, root: Root, prior: str, share: str = "0/1"):
+        self._root, self._prior = root, prior
+        self._scope = share.replace("/", "-of-")
+        self._me = f"{signature()} {uuid.uuid4().hex[:8]}"
+        self._mine: set[str] = set()
+
+    def __enter__(self) -> "Claims":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release(list(self._mine))
+
+    def take(self, window: str) -> bool:
+        """Whether the window is this process's now: it was free, or its claimant is dead."""
+        name = self._name(window)
+        try:
+            if not self._root.claim(self._prior, name, self._me):
+                if self._lives(name) is not False:
+                    return False
+                self._root.release(self._prior, name)
+                if not self._root.claim(self._prior, name, self._me):
+                    return False  # another was faster
+        except OSError as error:
+            raise CacheError(
+                f"cannot write to the cache {self._root.where(self._prior)}: "
+                f"{error.strerror or error}. Finished parts are kept; once there is room and "
+                "permission, run the same command again."
+            ) from error
+        self._mine.add(name)
+        return True
+
+    def release(self, names: Iterable[str]) -> None:
+        """Gives back what `take` took: windows, or names of claims."""
+        for window in names:
+            name = self._name(window)
+            with contextlib.suppress(OSError, CacheError):
+                self._root.release(self._prior, name)
+            self._mine.discard(name)
+
+    def company(self) -> bool:
+        """Whether another process that may want the same windows holds any. Also takes away what
+        is a day old."""
+        found = self._root.claims(self._prior)
+        for name, written in found.items():
+            if name not in self._mine and time.time() - written > _DAY:
+                with contextlib.suppress(OSError, CacheError):
+                    self._root.release(self._prior, name)
+        return any(name not in self._mine and self._meets(name) for name in found)
+
+    def wait(self, window: str, say: Callable[[str], None] = lambda line: None) -> None:
+        """Until the window is free, or its claimant is dead or of another machine, about which
+        nothing is known; ten minutes at most."""
+        name, begun = self._name(window), time.monotonic()
+        while self._lives(name) and time.monotonic() - begun < _PATIENCE:
+            if say is not None:
+                say(f"waiting for what process {self._pid(name)} of this machine has in work")
+                say = None
+            time.sleep(_LOOK_SECONDS)
+
+    def _lives(self, name: str) -> bool | None:
+        """Whether the claimant does; None where it is not of this machine, or there is none."""
+        claimant = self._root.claimant(self._prior, name)
+        if claimant == "":
+            return True  # it is about to sign
+        return None if claimant is None else alive(claimant.partition(" ")[0])
+
+    def _pid(self, name: str) -> str:
+        claimant = self._root.claimant(self._prior, name) or "?"
+        return claimant.rpartition("-")[0].rpartition("-")[2]
+
+    def _name(self, window: str) -> str:
+        return window if "." in window else f"{window}.{self._scope}"
+
+    def _meets(self, name: str) -> bool:
+        other, own = name.partition(".")[2].split("-of-"), self._scope.split("-of-")
+        return other[-1:] != own[-1:] or other == own

@@ -1,0 +1,52 @@
+"""Names for processes that others can tell alive from dead, where they run on the same machine."""
+
+import functools
+import os
+import socket
+from pathlib import Path
+
+
+def signature(pid: int | None = None) -> str:
+    """<machine>-<process id>-<when it started>; of this process by default.
+
+    The machine is its host name and, in Linux, the namespace of process ids: containers that
+    share a host name do not see each other's processes.
+    """
+    pid = os.getpid() if pid is None else pid
+    return f"{_machine()}-{pid}-{_started(pid) or 0}"
+
+
+def alive(name: str) -> bool | None:
+    """Whether the process with this signature lives; None where it is not of this machine."""
+    machine, _, rest = name.rpartition("-")[0].rpartition("-")
+    pid, started = rest, name.rpartition("-")[2]
+    if machine != _machine() or not (pid.isdecimal() and started.isdecimal()):
+        return None
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    except OverflowError:
+        return None
+    now = _started(int(pid))
+    return now is None or now == int(started)
+
+
+@functools.cache
+def _machine() -> str:
+    try:
+        return f"{socket.gethostname()}.{os.stat('/proc/self/ns/pid').st_ino:x}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _started(pid: int) -> int | None:
+    """In ticks since the machine started; 0 for one that is dead and waits to be noticed; None
+    where the system does not say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if fields[0] in "ZX" else int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
