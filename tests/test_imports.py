@@ -62,17 +62,19 @@ LAYERS = {
         "methods",
     },
     # the cache and the text, put together of their parts
-    2: {"index", "cache", "claims", "shards", "writer", "formats", "encode", "chat", "output", "watch", "arguments"},
+    2: {"index", "cache", "writer", "formats", "encode", "chat", "output", "watch", "arguments"}
+    | {"claims", "shards"},
     # examples, the loss, who runs the prior
     3: {"loader", "examples", "dataspec", "loss", "fused", "forward", "backends"}
     | {f"backends.{name}" for name in ("batches", "bodies", "prompts", "packing", "ways")}
     | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
     # what the commands share
-    4: {"request", "plan", "turns", "scoring", "provenance", "choice", "columns", "dataset", "trainer"}
+    4: {"request", "plan", "turns", "scoring"}
+    | {"provenance", "choice", "columns", "dataset", "trainer"}
     | {"inventory", "histograms", "verify", "invariants", "doubles"}
     | {"merging", "compact", "copying", "gc"},
     # the two commands
-    5: {"precompute", "deepcheck", "training_data", "stepcheck", "train"},
+    5: {"precompute", "deepcheck", "training_data", "export", "stepcheck", "train"},
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 """Module -> layer. A module imports its own layer and those below it, and never in a circle."""
