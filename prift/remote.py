@@ -193,6 +193,8 @@ def open_root(where: str | Path) -> Root:
         return Root(Path(where).expanduser())
     split = urlsplit(str(where))
     if split.scheme != "file":
+        if not split.scheme or not split.netloc:
+            raise CacheError(f"{where} names no store: write s3://bucket/path, for example.")
         return RemoteRoot(str(where))
     if split.netloc not in ("", "localhost") or not split.path:
         raise CacheError(f"{where} names no folder of this machine: write file:///path")

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-from prift.errors import CacheError, first_line
+from prift.errors import CacheError, OptionError, first_line
 from prift.newfile import NewFile
 
 T = TypeVar("T")
@@ -32,32 +32,27 @@ _REFUSED = re.compile(
 class Store:
     """The objects below a URL. Paths are relative to it.
 
-    name  the URL without credentials and options
-    Raises CacheError; where it says that the store does not answer, nothing half-written is there.
+    name  the URL without options
+    Raises OptionError for a URL with credentials in it, CacheError otherwise; where it says that
+    the store does not answer, nothing half-written is there.
     """
 
     def __init__(self, url: str):
         split = urlsplit(url)
         self.name = f"{split.scheme}://{split.netloc.rpartition('@')[2]}{split.path}".rstrip("/")
-        said = [split.username, split.password]
-        self._secrets = {form for word in said if word for form in (word, unquote(word))}
-        self._files, self._path, self._look_again = self._opened(url)
-
-    def _opened(self, url: str) -> tuple[Any, str, Callable[[], None]]:
-        """(pyarrow file system, path in it, what forgets its listings)."""
+        if split.password:
+            raise OptionError(
+                f"{self.name}: leave credentials out of the URL, which goes into logs and output "
+                "folders. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; other "
+                "stores have variables of their own."
+            )
         try:
-            return _file_system(url)
+            self._files, self._path, self._look_again = _file_system(url)
         except (ValueError, ImportError, OSError) as error:
             raise CacheError(
-                f"{self.name}: {self._told(error)}. "
+                f"{self.name}: {first_line(error)}. "
                 "Wanted a folder, or a URL s3://, gs://, hf:// or file://."
-            ) from None  # its text may hold credentials
-
-    def _told(self, error: Exception) -> str:
-        text = first_line(error)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+            ) from error
 
     def list(self, path: str = "") -> list[Any]:
         """pyarrow.fs.FileInfo of what lies directly below; nothing where there is nothing."""
@@ -166,13 +161,13 @@ class Store:
                 return ask()
             except OSError as error:
                 if isinstance(error, _HOPELESS) or _REFUSED.search(str(error)):
-                    raise CacheError(f"{self.name}: {self._told(error)}") from None
+                    raise CacheError(f"{self.name}: {first_line(error)}") from error
                 if pause is None:
                     raise CacheError(
                         f"{self.name} does not answer ({len(_PAUSES) + 1} tries): "
-                        f"{self._told(error)}. What was finished is kept; run the same command "
+                        f"{first_line(error)}. What was finished is kept; run the same command "
                         "again."
-                    ) from None
+                    ) from error
                 time.sleep(pause)
         raise AssertionError
 
