@@ -7,7 +7,7 @@ import click
 
 from prift import __version__
 
-from .cache import cache
+from .cache_move import cache  # with the commands of both files
 from .precompute import precompute
 from .train import train
 

@@ -71,7 +71,8 @@ def compact(
 ) -> list[Compacted]:
     """Merges the small parts of these priors, or of all.
 
-    priors  ids, or beginnings of them
+    priors  ids, or beginnings of them; one that only a newer prift reads is passed over, unless
+            it is named
     grace   seconds between the last new part and the deletion of the first old one, in which
             running readers finish
     target  scored positions that a part should have; it may have up to twice as many
@@ -81,7 +82,12 @@ def compact(
     deleted. A KeyboardInterrupt in the wait leaves both.
     """
     found = list_priors(root)
-    runs = [_Run(root, found[prior], target) for prior in choose(root, priors)]
+    runs = []
+    for prior in choose(root, priors):
+        if (why := found[prior].refusal()) and not priors:
+            say(f"prior {prior} is left as it is: {why}")
+            continue
+        runs.append(_Run(root, found[prior], target))
     total = sum(run.tokens for run in runs)
     with progress("compacting", total=total, unit="tok") as advance:
         for run in runs:

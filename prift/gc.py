@@ -1,0 +1,170 @@
+"""What of a cache no listed data use: whole parts, and the priors that nobody names.
+
+A row is in use where its token ids are a sequence of the data, whatever positions are asked for.
+Nothing is judged before all data were read whole, so a row that cannot be read ends it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from prift.cache import list_priors
+from prift.choice import Asked, is_id
+from prift.dataspec import DataSpec
+from prift.errors import CacheError
+from prift.examples import WINDOW_ROWS
+from prift.identity import PriorIdentity, config_digest, weights_digest
+from prift.inventory import Contents
+from prift.models import load_config, locate, weight_files
+from prift.newfile import remove_stale
+from prift.progress import progress
+from prift.request import request
+from prift.roots import Root
+
+
+@dataclass(frozen=True)
+class Use:
+    """Data whose rows are to stay.
+
+    model  whose tokenizer and context make the sequences
+    prior  whose statistics are read: an id, or a model; None: `model` itself
+    """
+
+    model: str
+    spec: DataSpec
+    prior: str | None = None
+
+
+@dataclass
+class Examined:
+    """One prior.
+
+    named      whether the data use it; of one that they do not, all parts count as unused
+    sequences  distinct ones of the data; `found` of them have a row
+    rows       duplicates included; `used` of them are of these sequences
+    unused     names of the parts without a used row, with their rows and bytes
+    mixed_rows rows that are not used, in parts that others keep
+    """
+
+    prior: str
+    named: bool
+    sequences: int = 0
+    found: int = 0
+    parts: int = 0
+    bytes: int = 0
+    rows: int = 0
+    used: int = 0
+    unused: list[str] = field(default_factory=list)
+    unused_rows: int = 0
+    unused_bytes: int = 0
+    mixed_rows: int = 0
+
+
+def examine(root: Root, uses: Sequence[Use]) -> list[Examined]:
+    """What is used of every prior. Reads all data, then the keys of all parts.
+
+    Raises DataError for data that cannot be read whole, and CacheError for a part that cannot be
+    read and where no prior of the cache holds any of the data: other sequences were made of the
+    texts then, and all would seem unused.
+    """
+    identities = list_priors(root)
+    asked: dict[str, list[np.ndarray]] = {}
+    for use in uses:
+        keys = _keys(use.spec, use.model)
+        for prior in _priors(identities, use):
+            asked.setdefault(prior, []).append(keys)
+    found = []
+    for prior in identities:
+        keys = np.unique(np.concatenate([np.zeros(0, "S16"), *asked.get(prior, [])]))
+        found.append(_examined(root, prior, prior in asked, keys))
+    if asked and not any(one.used for one in found):
+        raise CacheError(
+            f"{root.name} holds none of the {max(one.sequences for one in found):,} sequences, so "
+            "they are not those that were scored: another --tokenizer, --template, --system or "
+            "--max-length, perhaps. Give the options of the `prift precompute` that scored them."
+        )
+    return found
+
+
+def sweep(root: Root, found: Sequence[Examined], others: bool = False) -> None:
+    """Deletes the unused parts of the priors that are named; with `others` those that are not,
+    whole. What was written since `examine` stays. Raises CacheError where it is refused."""
+    for one in found:
+        if not one.named and not others:
+            continue
+        try:
+            for name in one.unused:
+                root.remove(one.prior, name)
+            folder = root.parts_folder(one.prior)
+            if folder.is_dir():
+                remove_stale(folder)
+            if not root.parts(one.prior) and not any(folder.glob(".*.tmp")):
+                root.remove_prior(one.prior)
+        except OSError as error:
+            raise CacheError(
+                f"cannot delete in {root.where(one.prior)}: {error.strerror or error}. Once there "
+                "is permission, run the same command again."
+            ) from error
+
+
+def _keys(spec: DataSpec, model: str) -> np.ndarray:
+    """'S16': keys of all sequences. Data weights draw from the data, so they do not count."""
+    folder = locate(model, trust_remote_code=spec.trust_remote_code)
+    config = load_config(folder, spec.trust_remote_code)
+    tokenizer = spec.tokenizer_of(folder)
+    found = [np.zeros(0, "S16")]
+    with progress("tokenising", total=None, unit="rows") as advance:
+        windows = replace(spec, weights=()).windows(tokenizer, config, WINDOW_ROWS, advance)
+        for window in windows:
+            found.append(np.unique(request(window.examples).keys))
+    return np.concatenate(found)
+
+
+def _priors(identities: dict[str, PriorIdentity], use: Use) -> list[str]:
+    """Those whose statistics the use may read."""
+    if use.prior is not None and is_id(use.prior):
+        if use.prior not in identities:
+            raise CacheError(
+                f"the cache holds no prior {use.prior}. It holds: {', '.join(identities) or 'none'}"
+            )
+        return [use.prior]
+    name = use.prior or use.model
+    folder = locate(name, trust_remote_code=use.spec.trust_remote_code)
+    config = config_digest(load_config(folder, use.spec.trust_remote_code))
+    asked = Asked(name, weights_digest(weight_files(folder)), config)
+    fitting = [prior for prior, identity in identities.items() if not asked.lacks(identity)]
+    if not fitting:
+        raise CacheError(
+            f"the cache holds no prior of {name}. It holds: {', '.join(identities) or 'none'}. "
+            "Name the one that the data use with --prior ID."
+        )
+    return fitting
+
+
+def _examined(root: Root, prior: str, named: bool, keys: np.ndarray) -> Examined:
+    one = Examined(prior, named, sequences=len(keys))
+    if not named:  # nothing of it has to be read
+        for part in root.parts(prior):
+            one.unused.append(part.name)
+            one.unused_bytes += part.size
+        one.parts, one.bytes = len(one.unused), one.unused_bytes
+        return one
+    contents = Contents(root, prior)
+    if contents.trouble:
+        raise CacheError(contents.trouble[0])
+    met = np.zeros(len(keys), bool)
+    for held in contents.parts:
+        at = np.searchsorted(keys, held.index.keys)
+        used = keys[np.minimum(at, len(keys) - 1)] == held.index.keys
+        met[at[used]] = True
+        one.parts, one.bytes = one.parts + 1, one.bytes + held.part.size
+        one.rows, one.used = one.rows + len(used), one.used + int(used.sum())
+        if used.any():
+            one.mixed_rows += int((~used).sum())
+        else:
+            one.unused.append(held.part.name)
+            one.unused_rows += len(used)
+            one.unused_bytes += held.part.size
+    one.found = int(met.sum())
+    return one
