@@ -111,9 +111,10 @@ class RayScorer:
                         self._tell(answer)
                     else:
                         yield answer
-        except ray.exceptions.RayTaskError:  # a bug: Ray shows where
-            raise
         except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
+            of_python = isinstance(error, ray.exceptions.RayTaskError)
+            if of_python or getattr(error, "actor_init_failed", False):
+                raise  # a bug, and Ray says where
             raise ModelError(
                 f"Ray gave up: {first_line(error)}. What was scored is kept; once the cluster is "
                 "well, run the same command again."
@@ -223,5 +224,5 @@ def _pool(workers: int | None, gpus: int | None) -> _Pool:
     if not cpus:
         raise OptionError("no machine of the Ray cluster has a CPU to give away.")
     size = workers or len(cpus)
-    each = max(1, min(*cpus, sum(cpus) // size)) if len(cpus) > 1 else max(1, cpus[0] // size)
+    each = max(1, min(*cpus, sum(cpus) // size))
     return _Pool(min(size, sum(n // each for n in cpus)), 0, each, "CPU")
