@@ -52,9 +52,9 @@ class RemoteRoot(Root):
             sizes = list(pool.map(lambda name: self._store.size(f"{name}/{IDENTITY}"), names))
         return sorted(name for name, size in zip(names, sizes, strict=True) if size)
 
-    def identity(self, prior: str) -> str:
+    def identity(self, prior: str, fresh: bool = False) -> str:
         copy = self.folder / prior / IDENTITY
-        if re.fullmatch("[0-9a-f]{16}", prior):  # as the hash of what it holds, it never changes
+        if re.fullmatch("[0-9a-f]{16}", prior) and not fresh:  # as the hash of what it holds, it never changes
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 if digest_of_file(copy)[:16] == prior:
                     return copy.read_text(encoding="utf-8")

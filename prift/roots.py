@@ -78,8 +78,9 @@ class Root:
         """Ids of all priors, ascending; an absent root holds none."""
         return sorted(path.parent.name for path in self.folder.glob(f"*/{IDENTITY}"))
 
-    def identity(self, prior: str) -> str:
-        """The text of its prior.json. Raises CacheError where there is none."""
+    def identity(self, prior: str, fresh: bool = False) -> str:
+        """The text of its prior.json, with `fresh` whatever a copy says. Raises CacheError where
+        there is none."""
         file = self.folder / prior / IDENTITY
         try:
             # No link is followed, and nothing waits for a pipe: a cache is data from others.

@@ -125,7 +125,7 @@ def _check_identity(root: Root, prior: str, problems: list[Problem]) -> PriorIde
         problems.append(Problem(prior, where, what, mend))
 
     try:
-        text = root.identity(prior)
+        text = root.identity(prior, fresh=True)
         identity = PriorIdentity.parse(text, where)
     except CacheError as error:
         wrong(str(error).removeprefix(f"{where} ").rstrip("."))
