@@ -54,7 +54,8 @@ class RemoteRoot(Root):
 
     def identity(self, prior: str, fresh: bool = False) -> str:
         copy = self.folder / prior / IDENTITY
-        if re.fullmatch("[0-9a-f]{16}", prior) and not fresh:  # as the hash of what it holds, it never changes
+        # Named by the hash of what it holds, it never changes.
+        if re.fullmatch("[0-9a-f]{16}", prior) and not fresh:
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 if digest_of_file(copy)[:16] == prior:
                     return copy.read_text(encoding="utf-8")
