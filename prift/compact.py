@@ -171,9 +171,16 @@ class _Run:
 
     def publish(self, advance: Callable[[int], None]) -> None:
         """Makes all new parts visible."""
-        for merge in self._merges:
+        for merge in list(self._merges):
             paths = [self._cache.path(part.name) for part in merge.sources]
-            path, kept = merged(self._root, self._prior, merge, paths, advance)
+            try:
+                path, kept = merged(self._root, self._prior, merge, paths, advance)
+            except CacheError:
+                there = {part.name for part in self._root.parts(self._prior)}
+                if there.issuperset(part.name for part in merge.sources):
+                    raise
+                self._merges.remove(merge)  # another compaction has put them into a part
+                continue
             self._made.append(path.name)
             self._made_bytes += path.stat().st_size
             self._duplicates += sum(len(part.keys) for part in merge.sources) - kept

@@ -45,7 +45,15 @@ def merged(
     )
     keep = index.find(keys, flat, counts, names) == np.arange(len(keys))
     for path in paths:
-        parts.check_hash(path)
+        try:
+            parts.check_hash(path)
+        except CacheError as error:
+            if not root.forget(prior, path.name):
+                raise
+            raise CacheError(
+                f"the copy of {root.where(prior, path.name)} on this disk was damaged, and is "
+                "removed. Nothing was deleted; run the same command again."
+            ) from error
     facts = {"prift": json.dumps(_facts(paths), sort_keys=True)}
     writer = None
     try:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prift import compact as compact_module
 from prift import spans
 from prift.cache import PriorCache
 from prift.compact import compact
@@ -271,6 +272,22 @@ def test_two_at_once_do_each_other_no_harm(tmp_path):
     assert len(fx.parts(tmp_path)) == 1
 
 
+def test_what_another_has_merged_and_deleted_first_is_left_to_it(tmp_path, monkeypatch):
+    small(tmp_path)
+    first = compact_module.merged
+
+    def later(*arguments):
+        monkeypatch.setattr(compact_module, "merged", first)
+        compact(Root(tmp_path), grace=0)
+        return first(*arguments)
+
+    monkeypatch.setattr(compact_module, "merged", later)
+    (done,) = compact(Root(tmp_path), grace=0)
+    assert (done.merged, done.made) == (0, 0)
+    assert len(fx.parts(tmp_path)) == 1
+    small_is_whole(tmp_path)
+
+
 def test_two_processes_and_a_writer_lose_nothing(tmp_path):
     small(tmp_path)
     code = "compact(Root(Path(sys.argv[1])), grace=0.2, target=6)"
@@ -315,11 +332,30 @@ def test_an_unknown_prior_is_named(tmp_path):
         compact(Root(tmp_path), ["abc"])
 
 
-def test_in_an_object_store(tmp_path, s3):
+def in_store(tmp_path, s3):
     small(tmp_path, 5)
     for path in fx.parts(tmp_path):
         s3.put(f"cache/{IDENTITY.id}/parts/{path.name}", path.read_bytes())
     s3.put(f"cache/{IDENTITY.id}/prior.json", IDENTITY.json().encode())
+
+
+def test_a_damaged_copy_is_not_the_store_s_fault(tmp_path, s3):
+    in_store(tmp_path, s3)
+    PriorCache(s3.url(), IDENTITY)
+    (copy, *_) = (tmp_path / "copies").rglob("20250101T000002Z*.parquet")
+    data = bytearray(copy.read_bytes())
+    data[data.rindex(b"prift")] ^= 1
+    copy.write_bytes(data)
+    with pytest.raises(CacheError, match="the copy of s3:.*was damaged, and is removed"):
+        compact(open_root(s3.url()), grace=0)
+    assert len(s3.objects()) == 6
+    (done,) = compact(open_root(s3.url()), grace=0)
+    assert (done.merged, done.made) == (5, 1)
+    assert len(s3.objects()) == 2
+
+
+def test_in_an_object_store(tmp_path, s3):
+    in_store(tmp_path, s3)
     reader = PriorCache(s3.url(), IDENTITY)
     compact(open_root(s3.url()), grace=0)
     (name,) = [n for n in s3.objects() if n.endswith(".parquet")]
