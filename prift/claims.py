@@ -15,6 +15,7 @@ from prift.roots import Root
 
 _DAY = 24 * 3600
 _LOOK_SECONDS = 0.2
+_UNSIGNED_SECONDS = 10.0
 _PATIENCE = 600.0  # seconds: then a window is scored, whoever is at it
 
 
@@ -59,12 +60,12 @@ class Claims:
         return True
 
     def release(self, names: Iterable[str]) -> None:
-        """Gives back what `take` took: windows, or names of claims."""
-        for window in names:
-            name = self._name(window)
-            with contextlib.suppress(OSError, CacheError):
-                self._root.release(self._prior, name)
-            self._mine.discard(name)
+        """Gives back what `take` took of these: windows, or names of claims."""
+        for name in map(self._name, names):
+            if name in self._mine:
+                with contextlib.suppress(OSError, CacheError):
+                    self._root.release(self._prior, name)
+                self._mine.discard(name)
 
     def company(self) -> bool:
         """Whether another process that may want the same windows holds any. Also takes away what
@@ -76,7 +77,7 @@ class Claims:
                     self._root.release(self._prior, name)
         return any(name not in self._mine and self._meets(name) for name in found)
 
-    def wait(self, window: str, say: Callable[[str], None] = lambda line: None) -> None:
+    def wait(self, window: str, say: Callable[[str], None] | None = None) -> None:
         """Until the window is free, or its claimant is dead or of another machine, about which
         nothing is known; ten minutes at most."""
         name, begun = self._name(window), time.monotonic()
@@ -89,8 +90,9 @@ class Claims:
     def _lives(self, name: str) -> bool | None:
         """Whether the claimant does; None where it is not of this machine, or there is none."""
         claimant = self._root.claimant(self._prior, name)
-        if claimant == "":
-            return True  # it is about to sign
+        if claimant == "":  # it is about to sign, or was killed just before
+            written = self._root.claims(self._prior).get(name, 0)
+            return time.time() - written < _UNSIGNED_SECONDS
         return None if claimant is None else alive(claimant.partition(" ")[0])
 
     def _pid(self, name: str) -> str:

@@ -10,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores, and their children
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, help="runs that tests/test_kill.py ends, per signal")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_home(tmp_path_factory):
     """Tests never touch the user's ~/.cache/prift."""
