@@ -131,7 +131,7 @@ def test_a_worker_for_each_device(cluster, workers, gpus, size, each):
 
 
 INTERRUPTED = """
-import os, signal
+import os
 import prift_cli
 from prift.writer import CacheWriter
 add, rows = CacheWriter.add, []
@@ -139,31 +139,38 @@ def interrupted_behind_the_fifth(self, *row):
     add(self, *row)
     rows.append(row)
     if len(rows) == 5:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), {number})
 CacheWriter.add = interrupted_behind_the_fifth
 prift_cli.main()
 """
 
 
-def test_ctrl_c_keeps_what_was_scored_and_the_command_continues(tmp_path):
-    """On a Ray of its own, begun and ended by the command; --json alone is on stdout."""
-    lab = Lab(tmp_path, rows=60)
-    words = ["precompute", "--model", lab.model, "--data", lab.data, "--cache", lab.cache]
+def command(lab: Lab, cache: Path, program: str) -> subprocess.CompletedProcess:
+    """On a Ray of its own, which it begins and ends."""
+    words = ["precompute", "--model", lab.model, "--data", lab.data, "--cache", cache]
     words += ["--engine", "ray", "--ray-workers", "2", "--json"]
-    environment = {**os.environ, "RAY_ADDRESS": "local"}
-    for program, code in (INTERRUPTED, 130), ("import prift_cli; prift_cli.main()", 0):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *words],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=300,
-        )
-        assert done.returncode == code, done.stderr
-        assert "Traceback" not in done.stderr
-        if code:
-            assert "The same command goes on from there" in done.stderr
-            assert done.stdout == ""
+    return subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        timeout=400,
+    )
+
+
+def test_a_signal_keeps_what_was_scored_and_the_command_continues(tmp_path):
+    """--json alone is on stdout. SIGTERM too, for which Ray has a handler of its own."""
+    lab = Lab(tmp_path, rows=60)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        cache = tmp_path / f"cache{number}"
+        stopped = command(lab, cache, INTERRUPTED.format(number=int(number)))
+        assert stopped.returncode == 128 + number, stopped.stderr
+        assert "The same command goes on from there" in stopped.stderr
+        assert "Traceback" not in stopped.stderr and stopped.stdout == ""
+        (identity,) = list_priors(cache).values()
+        assert 5 <= (kept := len(PriorCache(cache, identity))) <= 60
+    done = command(lab, cache, "import prift_cli; prift_cli.main()")
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert 5 <= result["sequences"] - result["scored"] < result["sequences"]
-    assert len(stored(lab)["rank"]) > 0
+    assert result["scored"] == result["sequences"] - kept
+    assert len(PriorCache(cache, identity)) == result["sequences"]
