@@ -163,7 +163,7 @@ def verify(
         from prift.deepcheck import deepen
 
         quiet()
-        with progress("scoring", total=None, unit="sequences") as advance:
+        with progress("scoring", total=sample, unit="sequences") as advance:
             deepen(root, chosen, model, data_spec(options), found, sample, seed, say, advance)
     if json_output:
         click.echo(json.dumps({"cache": root.name, **found.plain()}))

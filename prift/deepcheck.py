@@ -5,30 +5,29 @@ by the real scorer, in the dtype, with the attention and the logits that the ide
 are hashes, so the data are needed; sequences that the cache lacks are passed over.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from prift import budget, spans
+from prift import spans
+from prift.agreement import bound, difference, disagreements
 from prift.backends import hf
 from prift.cache import PriorCache
 from prift.dataspec import DataSpec
-from prift.doubles import difference, over_budget
 from prift.errors import CacheError, MissingPrior
+from prift.examples import Examples
 from prift.identity import PriorIdentity, config_digest, weights_digest
 from prift.inventory import Contents
 from prift.models import load_config, locate, weight_files
+from prift.plan import Plan
 from prift.request import Request, request
 from prift.roots import IDENTITY, Root
+from prift.scoring import score_plan
 from prift.stats import CORE, EXTENDED
 from prift.verify import Problem, Verified
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_ABSOLUTE = ("logprob", "entropy", "collision", "entropy_top20")
-_NEAR_TIES = {budget.EXACT: 0.01, budget.ROUNDED: 1.0}  # share of its rank that a token may move
-_SHARE = {budget.EXACT: 0.02, budget.ROUNDED: 0.5}  # of u beyond what moved ranks explain
 
 
 def deepen(
@@ -45,7 +44,7 @@ def deepen(
     """Adds to `done` what a rescoring of `sample` sequences finds in those of the priors that are
     the model's; `advance` is told each. The same seed takes the same sequences.
 
-    Raises CacheError where none of them is the model's, or where one holds none of the data;
+    Raises CacheError where none of them is the model's or all of those hold none of the data;
     DataError, ModelError.
     """
     folder = locate(model, trust_remote_code=spec.trust_remote_code)
@@ -58,16 +57,17 @@ def deepen(
     tokenizer = spec.tokenizer_of(folder)
     examples = spec.examples(tokenizer, config)
     asked = request(examples).united()
+    lacking: list[MissingPrior] = []
     for identity in own:
         if identity.backend != "hf" or identity.dtype not in _DTYPES or identity.adapter:
             why = f"backend {identity.backend}, dtype {identity.dtype}, adapter {identity.adapter}"
             say(f"prior {identity.id} cannot be scored again here ({why})")
             continue
         try:
-            check = _Rescored(root, identity, asked, sample, seed)
-            stored = check.cache.read(check.rows.keys, check.rows.spans, check.names)
-        except MissingPrior:
-            raise
+            check = _Rescored(root, identity, examples, asked, sample, seed)
+        except MissingPrior as error:
+            lacking.append(error)
+            continue
         except CacheError as error:
             mend = "mend that first, then run the same command again"
             done.problems.append(Problem(identity.id, root.where(identity.id), str(error), mend))
@@ -80,24 +80,29 @@ def deepen(
             trust_remote_code=spec.trust_remote_code,
             say=say,
         )
-        ids = [examples[int(i)].input_ids for i in check.rows.index]
-        places = [spans.positions_of(one) for one in check.rows.spans]
-        ends = np.cumsum([len(one) for one in places])
-        for i, stats in scorer.score(ids, places, check.names):
-            old = {n: v[ends[i] - len(places[i]) : ends[i]] for n, v in stored.items()}
-            new = {n: getattr(stats, n).numpy() for n in check.names}
-            check.compare(i, examples.where(int(check.rows.index[i])), places[i], old, new)
-            advance(1)
+        everything = np.ones(len(check.rows.keys), bool)
+        plan = Plan(examples, check.rows, fresh=everything, last=True)
+        score_plan(scorer, plan, check.names, check.compare, lambda tokens: advance(1))
         check.tell(done)
+    if len(lacking) == len(own):
+        raise lacking[0]
 
 
 class _Rescored:
     """The rows of one prior that are scored again, and what came of it."""
 
-    def __init__(self, root: Root, identity: PriorIdentity, asked: Request, sample: int, seed: int):
-        self._root, self._identity = root, identity
-        self.cache = PriorCache(root, identity)
-        absent = self.cache.missing(asked.keys, asked.spans, CORE)
+    def __init__(
+        self,
+        root: Root,
+        identity: PriorIdentity,
+        examples: Examples,
+        asked: Request,
+        sample: int,
+        seed: int,
+    ):
+        self._root, self._identity, self._examples = root, identity, examples
+        cache = PriorCache(root, identity)
+        absent = cache.missing(asked.keys, asked.spans, CORE)
         present = np.setdiff1d(np.arange(len(asked.keys)), absent)
         if not len(present):
             raise MissingPrior(
@@ -107,10 +112,14 @@ class _Rescored:
             )
         chosen = np.random.default_rng(seed).permutation(present)[:sample]
         self.rows = asked.subset(np.sort(chosen).tolist())
-        more = [n for n in EXTENDED if not self._lacking(n)]
+        keys, runs = self.rows.keys, self.rows.spans
+        more = [n for n in EXTENDED if not cache.missing(keys, runs, (*CORE, n))]
         self.names = (*CORE, *more)
+        self._stored = cache.read(keys, runs, self.names)
+        self._ends = np.cumsum([spans.count(one) for one in runs])
+        self._at = {bytes(key): i for i, key in enumerate(keys)}
         contents = Contents(root, identity.id)
-        at = contents.index.find(self.rows.keys, *spans.flat(self.rows.spans), self.names)
+        at = contents.index.find(keys, *spans.flat(runs), self.names)
         self._parts = [contents.parts[contents.index.owner[row]] for row in at]
         tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.fp32_precision == "tf32"
         self._dtypes = (identity.dtype, identity.logits_dtype, *(["tf32"] if tf32 else []))
@@ -118,13 +127,13 @@ class _Rescored:
         self._off: list[np.ndarray] = []
         self._moved = 0
 
-    def _lacking(self, name: str) -> list[int]:
-        return self.cache.missing(self.rows.keys, self.rows.spans, (*CORE, name))
-
-    def compare(
-        self, i: int, where: str, places: np.ndarray, old: dict[str, Any], new: dict[str, Any]
-    ) -> None:
-        """Row i: what is stored against what the model says; places: their positions."""
+    def compare(self, row: tuple) -> None:
+        """A row as the model has it, CacheWriter.add's arguments, with what is stored."""
+        key, _, runs, new = row
+        i, places = self._at[key], spans.positions_of(runs)
+        begin = self._ends[i] - len(places)
+        old = {n: v[begin : self._ends[i]] for n, v in self._stored.items()}
+        where = self._examples.where(int(self.rows.index[i]))
         part = self._parts[i]
         dtypes = (*self._dtypes, *(["float16"] if part.half else []))
         self._off.append(difference(old["logprob"], new["logprob"]))
@@ -147,7 +156,7 @@ class _Rescored:
     def tell(self, done: Verified) -> None:
         """Adds what was found."""
         off = np.concatenate(self._off)
-        mean, limit = float(off.mean()), budget.bound(self._dtypes)
+        mean, limit = float(off.mean()), bound(self._dtypes)
         if not mean <= limit and not self._problems:
             what = f"logprob differs from the model's by {mean:.2g} nats on average"
             mend = "delete the prior's folder and run the same `prift precompute` command again"
@@ -166,38 +175,6 @@ class _Rescored:
                 "moved_ranks": self._moved,
             }
         )
-
-
-def disagreements(
-    old: dict[str, np.ndarray], new: dict[str, np.ndarray], dtypes: Sequence[str]
-) -> Iterator[tuple[str, int]]:
-    """(statistic, worst token) of two scorings of one sequence that rounding does not explain.
-
-    A rank moves where logits lie close together, and u with it by the probabilities of the tokens
-    that were passed: each is close to the token's own.
-    """
-    bound = budget.bound(dtypes)
-    with np.errstate(all="ignore"):
-        for name in _ABSOLUTE:
-            if name in old and over_budget(off := difference(old[name], new[name]), dtypes):
-                yield name, int(off.argmax())
-        if "expected_rank" in old:
-            off = difference(np.log(old["expected_rank"]), np.log(new["expected_rank"]))
-            if over_budget(off, dtypes):
-                yield "expected_rank", int(off.argmax())
-        room = 3 + _NEAR_TIES[bound] * new["rank"].astype(np.float64)
-        for name in ("rank", "n_tie"):
-            off = difference(old[name], new[name]) - room
-            if (off > 0).any():
-                yield name, int(off.argmax())
-        moved = old["rank"].astype(np.float64) - new["rank"]
-        passed = moved * np.exp(new["logprob"].astype(np.float64))
-        share = np.exp(old["log_mass_rank"].astype(np.float64)) - np.exp(new["log_mass_rank"])
-        off = np.abs(share + passed) - 0.05 * np.abs(passed) - _SHARE[bound]
-        log_off = difference(old["log_mass_rank"], new["log_mass_rank"])
-        off = np.maximum(off, np.where(moved == 0, log_off - bound * budget.TOKEN, -np.inf))
-        if not (off <= 0).all():
-            yield "log_mass_rank", int(np.nan_to_num(off, nan=np.inf).argmax())
 
 
 def _identity(root: Root, prior: str) -> PriorIdentity | None:

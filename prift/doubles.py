@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prift import budget, spans
+from prift import spans
+from prift.agreement import difference, over_budget
 from prift.identity import PriorIdentity
 from prift.inventory import Contents
 
@@ -88,16 +89,3 @@ class Doubles:
                     f"earlier row with the same key; over {len(a)} tokens they differ by "
                     f"{off.mean():.2g} on average, more than rounding explains",
                 )
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float64 |a - b|; 0 where both are the same infinity, inf where only one is a number."""
-    with np.errstate(invalid="ignore"):
-        off = np.abs(a.astype(np.float64) - b)
-    return np.where(a == b, 0.0, np.nan_to_num(off, nan=np.inf))
-
-
-def over_budget(off: np.ndarray, dtypes: Sequence[str]) -> bool:
-    """Whether these differences of one sequence, in nats, are more than rounding explains."""
-    limit = budget.bound(dtypes) * budget.TOKEN
-    return bool(off.mean() > budget.bound_of(dtypes, len(off)) or off.max() > limit)

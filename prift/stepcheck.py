@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prift import budget
+from prift.agreement import bound
 from prift.dataset import PriorDataset
 from prift.errors import CacheError
 from prift.fold import Fold
@@ -55,14 +55,14 @@ def check_start(
     if options.skip_check or options.resume or not _is_prior(folder, prior, options):
         return
     dtype = str(base_of(model).dtype).removeprefix("torch.")
-    bound = _bound(dtype, prior)
+    limit = _bound(dtype, prior)
     found = from_each_rank(lambda: _compare(model, data, prior.logits_dtype))
     for one in found:
-        if not one.mean <= bound:  # NaN too
+        if not one.mean <= limit:  # NaN too
             raise CacheError(
                 f"the model does not say what prior {prior.id} in {options.cache} holds: over "
                 f"{one.tokens:,} label tokens logprob differs by {one.mean:.4f} on average, where "
-                f"rounding explains {bound:g} ({dtype} now; {prior.dtype} when scored, logits "
+                f"rounding explains {limit:g} ({dtype} now; {prior.dtype} when scored, logits "
                 f"{prior.logits_dtype}). The largest differences:\n"
                 + "\n".join(one.largest)
                 + "\nUsual causes: these ids were scored with another chat template or tokenizer "
@@ -91,7 +91,7 @@ def _is_prior(folder: Path, prior: PriorIdentity | None, options: TrainOptions) 
 
 def _bound(dtype: str, prior: PriorIdentity) -> float:
     tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return budget.bound({dtype, prior.dtype, prior.logits_dtype} | ({"tf32"} if tf32 else set()))
+    return bound({dtype, prior.dtype, prior.logits_dtype} | ({"tf32"} if tf32 else set()))
 
 
 def _chosen(lengths: np.ndarray, rank: int, size: int) -> list[int]:
