@@ -8,6 +8,7 @@ import click
 from prift import __version__
 
 from .cache_move import cache  # with the commands of both files
+from .export import export
 from .precompute import precompute
 from .train import train
 
@@ -29,3 +30,4 @@ def main() -> None:
 main.add_command(precompute)
 main.add_command(train)
 main.add_command(cache)
+cache.add_command(export)

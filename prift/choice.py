@@ -4,6 +4,7 @@ Nothing is read whose identity is not the one asked for. An error shows both sid
 for, and what each prior of the cache has instead.
 """
 
+import contextlib
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
@@ -151,7 +152,8 @@ def command_for(
         spec = replace(spec, tokenizer=options.model)  # the ids are the trainee's
     if is_id(options.prior):
         model = f"THE_MODEL_OF_{options.prior}"
-    words = spec.precompute_command(model, options.cache or "CACHE")
+    cache = re.sub("(?<=://)[^/@]*@", "", options.cache or "CACHE")  # without its credentials
+    words = spec.precompute_command(model, cache)
     if identity is None:
         return words
     more = []
@@ -202,14 +204,12 @@ def _listing(root: Root, priors: Mapping[str, PriorIdentity]) -> str:
 
 def model_name(root: Root, prior: str) -> str:
     """The model's name as the smallest part of the prior says, which is a claim."""
-    name = None
-    try:
-        parts = sorted(root.parts(prior), key=lambda part: part.size)
-        if parts:
-            name = provenance_in(root.fetch(prior, parts[0])).get("model")
-    except CacheError:
-        pass  # the reader of that part will say what is wrong with it
-    return printable(name) if isinstance(name, str) else "model unknown"
+    names: list[Any] = []
+    with contextlib.suppress(CacheError):  # the reader of that part will say what is wrong with it
+        for part in sorted(root.parts(prior), key=lambda part: part.size)[:1]:
+            names = [one.get("model") for one in provenance_in(root.fetch(prior, part))]
+    named = [name for name in names if isinstance(name, str)]
+    return printable(named[0]) if named else "model unknown"
 
 
 def _shown(value: Any) -> str:

@@ -57,18 +57,18 @@ def provenance(
     return {_KEY: json.dumps(_cleaned(facts), sort_keys=True)}
 
 
-def provenance_in(path: Path) -> dict[str, Any]:
-    """What a part says of itself; empty where it says nothing that can be read. It is what its
-    writer claims: see `printable`."""
+def provenance_in(path: Path) -> list[dict[str, Any]]:
+    """What a part says of itself: one object, or of each part that it was merged of. None where it
+    says nothing that can be read. It is what its writers claim: see `printable`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         text = (pq.read_metadata(path).metadata or {}).get(_KEY.encode(), b"")
-        found = json.loads(text) if len(text) <= _MOST_BYTES else None
+        found = json.loads(text) if len(text) <= _MOST_BYTES else []
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return []
+    return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, dict)]
 
 
 def printable(text: str, most: int = 80) -> str:

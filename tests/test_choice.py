@@ -3,13 +3,15 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from prift import versions
 from prift.cache import PriorCache, sequence_key
-from prift.choice import Asked, choose_prior, open_prior
+from prift.choice import Asked, choose_prior, command_for, open_prior
+from prift.dataspec import DataSpec
 from prift.errors import CacheError, ModelError
 from prift.identity import PriorIdentity, canonical_json
 from prift.writer import CacheWriter
@@ -202,3 +204,11 @@ def test_opening_the_only_prior_one_by_id_and_one_by_its_model(tmp_path, lab):
         open_prior(priors(tmp_path, IDENTITY))
     with pytest.raises(ModelError, match="no such folder"):
         open_prior(tmp_path, "./absent")
+
+
+def test_the_command_to_run_repeats_no_credentials():
+    options = SimpleNamespace(model="m", prior=None, cache="s3://me:secret@team/cache?region=eu")
+    command = command_for(options, DataSpec(data=("d.jsonl",)), None, Path(), None)
+    assert (
+        command == "prift precompute --model m --data d.jsonl --cache 's3://team/cache?region=eu'"
+    )

@@ -162,4 +162,6 @@ def test_the_command(lab, tmp_path):
     assert result["output"] == str(out) and result["examples"] == pq.read_table(out).num_rows
     plain = cli.prift("cache", "export", *data, "--rule", "uniform", "--output", out)
     assert f"mean 1.0000, 0.0% zero\n{out}" in cli.succeeded(plain)
-    cli.refused(cli.prift("cache", "export", *data, "--output", out), "--method NAME or --rule")
+    cli.refused(cli.prift("cache", "export", *data, "--output", out), "--method NAME, or --rule")
+    online = [*data, "--method", "dft", "--output", out]
+    cli.refused(cli.prift("cache", "export", *online), "only weights from the prior")

@@ -54,7 +54,8 @@ def test_a_whole_part_holds_no_secret_no_path_and_no_text(tmp_path, monkeypatch)
         assert word.encode() not in found, word
     for word in json.loads(rows.splitlines()[0]).values():
         assert word.encode() not in found
-    assert provenance_in(part)["data"] == ["***", "***"]
+    (said,) = provenance_in(part)
+    assert said["data"] == ["***", "***"]
 
 
 def facts(lab, model: str | None = None, folder: Path | None = None, **options) -> dict:
@@ -113,19 +114,26 @@ def test_credentials_in_any_option_are_taken_out(lab, monkeypatch):
     assert found["deep"] == {"cache": "x", "plain": 3, "ratio": "1/2"}
 
 
+def test_a_part_merged_of_several_names_them_all(tmp_path):
+    both = [{"model": "a"}, {"model": "b"}]
+    metadata = {"prift": json.dumps([*both, 3])}
+    path = fx.forge(tmp_path, fx.table().replace_schema_metadata(metadata))
+    assert provenance_in(path) == both
+
+
 @pytest.mark.parametrize("text", [None, "{", "[1]", "[" * 9999, '{"model": 1}' + " " * (2 << 20)])
 def test_what_others_wrote_is_read_as_data_or_not_at_all(tmp_path, text):
     metadata = {} if text is None else {"prift": text}
     path = fx.forge(tmp_path, fx.table().replace_schema_metadata(metadata))
-    assert provenance_in(path) == {}
+    assert provenance_in(path) == []
     assert isinstance(pq.read_table(path), pa.Table)
 
 
 def test_a_file_that_is_no_part_says_nothing(tmp_path):
-    assert provenance_in(fx.place(tmp_path, b"no Parquet")) == provenance_in(tmp_path / "no") == {}
+    assert provenance_in(fx.place(tmp_path, b"no Parquet")) == provenance_in(tmp_path / "no") == []
     path = fx.add(tmp_path / "whole", [("one", 2, runs(1, 2), [1])])
     path.write_bytes(path.read_bytes()[:-9])
-    assert provenance_in(path) == {}
+    assert provenance_in(path) == []
 
 
 def test_printable():
