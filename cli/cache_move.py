@@ -30,18 +30,21 @@ class Duration(click.ParamType):
         return float(found[1]) * _UNITS[found[2]]
 
 
-@cache.command()
-@click.argument("priors", nargs=-1, metavar="[PRIOR]...")
-@cache_root
-@click.option(
+grace_option = click.option(
     "--grace",
     type=Duration(),
     default="5m",
     show_default=True,
     metavar="TIME",
-    help="How long the old parts stay beside the new ones, so that running readers finish: 90s, "
-    "10m, 2h; 0 where nobody reads.",
+    help="How long old parts stay beside the new ones, so that running readers finish: 90s, 10m, "
+    "2h; 0 where nobody reads.",
 )
+
+
+@cache.command()
+@click.argument("priors", nargs=-1, metavar="[PRIOR]...")
+@cache_root
+@grace_option
 @json_option
 @debug
 def compact(
@@ -144,22 +147,26 @@ def copy(source: str, target: str, priors: tuple[str, ...], json_output: bool, d
 @cache_root
 @click.option("--other-priors", is_flag=True, help="Also delete priors that no data here use.")
 @click.option("--delete", is_flag=True, help="Delete, rather than say what would be deleted.")
+@click.option(
+    "--rewrite",
+    is_flag=True,
+    help="With --delete: also make parts that are used in part anew, without the other rows.",
+)
+@grace_option
 @json_option
 @debug
 def gc(json_output: bool, debug: bool, **options: Any) -> None:
     """Find what no listed data use, and delete it with --delete.
 
-    A row is in use where its token ids are a sequence of the data. Only parts without any row in
-    use go. List everything that is to stay: all data, evaluation data too, with the options that
+    A row is in use where its token ids are a sequence of the data. Parts without any row in use go.
+    List everything that is to stay: all data, evaluation data too, with the options that
     they were scored with; data with other options come from --run files.
 
     \b
     Example:
       prift cache gc --cache prior-cache --model Qwen/Qwen2.5-1.5B --data train.jsonl
     """
-    from dataclasses import asdict
-
-    from prift.gc import examine, sweep
+    from prift.gc import examine, rewrite, sweep
     from prift.remote import open_root
 
     quiet()
@@ -167,12 +174,18 @@ def gc(json_output: bool, debug: bool, **options: Any) -> None:
     found = examine(root, _uses(options))
     if options["delete"]:
         sweep(root, found, options["other_priors"])
+    anew = 0
+    if options["delete"] and options["rewrite"]:
+        anew = rewrite(root, found, options["grace"], say)
     if json_output:
-        priors = [asdict(one) for one in found]
-        click.echo(json.dumps({"cache": root.name, "deleted": options["delete"], "priors": priors}))
+        priors = [one.plain() for one in found]
+        told = {"cache": root.name, "deleted": options["delete"], "rewritten": anew}
+        click.echo(json.dumps({**told, "priors": priors}))
         return
     for one in found:
         click.echo(_told(one, options["delete"], options["other_priors"]))
+    if anew:
+        click.echo(f"{anew} parts were made anew without the rows that are not used")
     if not options["delete"]:
         click.echo("nothing was deleted: add --delete to the same command")
 
@@ -238,5 +251,5 @@ def _told(one: "Examined", deleted: bool, others: bool) -> str:
         f"{size(one.unused_bytes)} of {size(one.bytes)} {gone}"
     )
     if one.mixed_rows:
-        line += f"; {one.mixed_rows:,} unused rows stay in parts with rows in use"
+        line += f"; {len(one.mixed)} parts are used in part, {one.mixed_rows:,} rows of them not"
     return line

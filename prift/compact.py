@@ -123,6 +123,15 @@ def plan(cache: PriorCache, target: int) -> list[Merge]:
     return merges
 
 
+def alone(cache: PriorCache, part: PartIndex) -> Merge | None:
+    """A merge of one part, so that the new one certainly takes its place; None where it may not."""
+    width = _TIME_WIDTH
+    same = [p for p in cache.parts.values() if p.name[:width] == part.name[:width]]
+    if sum(p.half == part.half for p in same) > 1 or _kind(cache, part) == part.name:
+        return None
+    return Merge([part], part.name[:width])
+
+
 def _kind(cache: PriorCache, part: PartIndex) -> object:
     """Equal for parts whose rows may lie in one part."""
     if not _TIME.fullmatch(part.name[:_TIME_WIDTH]):

@@ -4,18 +4,22 @@ A row is in use where its token ids are a sequence of the data, whatever positio
 Nothing is judged before all data were read whole, so a row that cannot be read ends it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
-from prift.cache import list_priors
+from prift.cache import PriorCache, list_priors
 from prift.choice import Asked, is_id
+from prift.compact import alone
 from prift.dataspec import DataSpec
 from prift.errors import CacheError
 from prift.examples import WINDOW_ROWS
 from prift.identity import PriorIdentity, config_digest, weights_digest
 from prift.inventory import Contents
+from prift.merging import merged
 from prift.models import load_config, locate, weight_files
 from prift.newfile import remove_stale
 from prift.progress import progress
@@ -44,7 +48,8 @@ class Examined:
     sequences  distinct ones of the data; `found` of them have a row
     rows       duplicates included; `used` of them are of these sequences
     unused     names of the parts without a used row, with their rows and bytes
-    mixed_rows rows that are not used, in parts that others keep
+    mixed      names of the parts with used and other rows; mixed_rows: those others
+    keys       'S16', sorted: of the sequences
     """
 
     prior: str
@@ -58,7 +63,13 @@ class Examined:
     unused: list[str] = field(default_factory=list)
     unused_rows: int = 0
     unused_bytes: int = 0
+    mixed: list[str] = field(default_factory=list)
     mixed_rows: int = 0
+    keys: np.ndarray = field(default_factory=lambda: np.zeros(0, "S16"), repr=False)
+
+    def plain(self) -> dict[str, Any]:
+        """Without the keys."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keys"}
 
 
 def examine(root: Root, uses: Sequence[Use]) -> list[Examined]:
@@ -102,10 +113,50 @@ def sweep(root: Root, found: Sequence[Examined], others: bool = False) -> None:
             if not root.parts(one.prior) and not any(folder.glob(".*.tmp")):
                 root.remove_prior(one.prior)
         except OSError as error:
-            raise CacheError(
-                f"cannot delete in {root.where(one.prior)}: {error.strerror or error}. Once there "
-                "is permission, run the same command again."
-            ) from error
+            raise _refused(root, one.prior, error) from error
+
+
+def rewrite(
+    root: Root,
+    found: Sequence[Examined],
+    grace: float,
+    say: Callable[[str], None] = lambda line: None,
+    wait: Callable[[float], None] = time.sleep,
+) -> int:
+    """Makes the mixed parts anew without the rows that are not used; how many. Readers get the
+    same bits for the sequences of the data.
+
+    grace  seconds from the new parts to the deletion of the old ones: see compact
+
+    A part stays as it is where another has its second: the new one might not take its place.
+    """
+    identities, old = list_priors(root), []
+    for one in found:
+        if not one.mixed:
+            continue
+        cache = PriorCache(root, identities[one.prior])
+        for name in one.mixed:
+            part = cache.parts.get(name)
+            merge = part and alone(cache, part)
+            if merge:
+                merged(root, one.prior, merge, [cache.path(name)], wanted=one.keys)
+                old.append((one.prior, name))
+    if old and grace:
+        say(f"{len(old)} parts are made anew; in {grace:,.0f} s the old ones are deleted")
+        wait(grace)
+    for prior, name in old:
+        try:
+            root.remove(prior, name)
+        except OSError as error:
+            raise _refused(root, prior, error) from error
+    return len(old)
+
+
+def _refused(root: Root, prior: str, error: OSError) -> CacheError:
+    return CacheError(
+        f"cannot delete in {root.where(prior)}: {error.strerror or error}. Once there is "
+        "permission, run the same command again."
+    )
 
 
 def _keys(spec: DataSpec, model: str) -> np.ndarray:
@@ -143,7 +194,7 @@ def _priors(identities: dict[str, PriorIdentity], use: Use) -> list[str]:
 
 
 def _examined(root: Root, prior: str, named: bool, keys: np.ndarray) -> Examined:
-    one = Examined(prior, named, sequences=len(keys))
+    one = Examined(prior, named, sequences=len(keys), keys=keys)
     if not named:  # nothing of it has to be read
         for part in root.parts(prior):
             one.unused.append(part.name)
@@ -161,7 +212,9 @@ def _examined(root: Root, prior: str, named: bool, keys: np.ndarray) -> Examined
         one.parts, one.bytes = one.parts + 1, one.bytes + held.part.size
         one.rows, one.used = one.rows + len(used), one.used + int(used.sum())
         if used.any():
-            one.mixed_rows += int((~used).sum())
+            if not used.all():
+                one.mixed.append(held.part.name)
+                one.mixed_rows += int((~used).sum())
         else:
             one.unused.append(held.part.name)
             one.unused_rows += len(used)

@@ -33,9 +33,14 @@ def merged(
     merge: Merge,
     paths: Sequence[Path],
     advance: Callable[[int], None] = lambda tokens: None,
+    wanted: np.ndarray | None = None,
 ) -> tuple[Path, int]:
     """Publishes one part with the rows of the sources that serve readers; its path on this disk,
-    and how many they are. paths: of the sources. Raises CacheError."""
+    and how many they are. Raises CacheError.
+
+    paths   of the sources
+    wanted  'S16': only rows with these keys; None: all
+    """
     first = merge.sources[0]
     names = tuple(n for n in parts.COLUMN_TYPES if n in first.names)
     index = Index(merge.sources)
@@ -44,6 +49,8 @@ def merged(
         for field in ("keys", "spans", "counts")
     )
     keep = index.find(keys, flat, counts, names) == np.arange(len(keys))
+    if wanted is not None:
+        keep &= np.isin(keys, wanted)
     for path in paths:
         try:
             parts.check_hash(path)

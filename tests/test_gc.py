@@ -2,31 +2,43 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from prift.cache import PriorCache, list_priors
+from prift.compact import compact
 from prift.dataspec import DataSpec
 from prift.errors import CacheError, DataError
 from prift.examples import TextOptions
-from prift.gc import Use, examine, sweep
+from prift.gc import Use, examine, rewrite, sweep
+from prift.models import load_config
 from prift.remote import open_root
+from prift.request import request
 from prift.roots import Root
 from tests import cli_fixtures as cli
+from tests.cache_fixtures import CORE
 
 ROWS = [
     {"prompt": f"Question {n}: how many clips?", "completion": f" {n} clips."} for n in range(12)
 ]
 
 
-@pytest.fixture
-def place(tmp_path, model):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model):
     """A cache of three data sets, scored one after the other: a part each."""
+    made = tmp_path_factory.mktemp("made")
     for n in range(3):
-        data = cli.write_rows(tmp_path / f"{n}.jsonl", ROWS[4 * n : 4 * n + 4])
-        cli.succeeded(cli.precompute(model, data, tmp_path / "cache"))
-    return tmp_path
+        data = cli.write_rows(made / f"{n}.jsonl", ROWS[4 * n : 4 * n + 4])
+        cli.succeeded(cli.precompute(model, data, made / "cache"))
+    return made
+
+
+@pytest.fixture
+def place(tmp_path, made):
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def use(place, model, *numbers, **options):
@@ -62,6 +74,39 @@ def test_a_part_that_is_used_in_part_stays(place, model):
     cli.write_rows(place / "0.jsonl", ROWS[:1])
     (found,) = examine(Root(place / "cache"), [use(place, model, 0)])
     assert (len(found.unused), found.used, found.mixed_rows) == (2, 1, 3)
+
+
+def test_parts_that_are_used_in_part_are_made_anew(place, model):
+    """What stays is what was, to the bit; a second time there is nothing to do."""
+    root = Root(place / "cache")
+    for n, path in enumerate(sorted((place / "cache").rglob("*.parquet"))):
+        path.rename(path.with_name(f"2025010{n + 1}T000000Z-{path.name.partition('-')[2]}"))
+    compact(root, grace=0)
+    (found,) = examine(root, [use(place, model, 0, 2)])
+    assert (found.unused, len(found.mixed), found.mixed_rows) == ([], 1, 4)
+    (identity,) = list_priors(root).values()
+    spec = use(place, model, 0, 2).spec
+    asked = request(spec.load(Path(model), load_config(Path(model)))[0])
+    before = PriorCache(root, identity).read(asked.keys, asked.spans, CORE)
+    waited = []
+    assert rewrite(root, [found], 7.0, wait=lambda s: waited.append((s, len(parts(place))))) == 1
+    assert waited == [(7.0, 2)]
+    assert len(parts(place)) == 1
+    after = PriorCache(root, identity).read(asked.keys, asked.spans, CORE)
+    assert all(before[name].tobytes() == after[name].tobytes() for name in CORE)
+    (again,) = examine(root, [use(place, model, 0, 2)])
+    assert (again.rows, again.used, again.mixed) == (8, 8, [])
+    assert rewrite(root, [again], 0) == 0
+
+
+def test_a_part_whose_second_another_has_is_not_made_anew(place, model):
+    root = Root(place / "cache")
+    for path in (place / "cache").rglob("*.parquet"):
+        path.rename(path.with_name(f"20250101T000000Z-{path.name.partition('-')[2]}"))
+    cli.write_rows(place / "0.jsonl", ROWS[:1])
+    found = examine(root, [use(place, model, 0)])
+    assert rewrite(root, found, 0) == 0
+    assert len(parts(place)) == 3
 
 
 def test_positions_and_weights_do_not_matter(place, model):
@@ -206,3 +251,18 @@ def test_what_is_wrong_is_said(place, model, words, said):
     words = [str(place / "run.yaml") if word == "RUN" else word for word in words]
     cli.refused(gc(place, model, *words), said)
     assert len(parts(place)) == 3
+
+
+def test_the_command_makes_parts_anew(place, model):
+    root = Root(place / "cache")
+    for n, path in enumerate(sorted((place / "cache").rglob("*.parquet"))):
+        path.rename(path.with_name(f"2025010{n + 1}T000000Z-{path.name.partition('-')[2]}"))
+    cli.write_rows(place / "0.jsonl", ROWS[:1])
+    words = ["--data", place / "0.jsonl", "--rewrite", "--grace", "0"]
+    said = cli.succeeded(gc(place, model, *words))
+    assert "2 of 3 parts unused: 8 of 12 rows" in said
+    assert "1 parts are used in part, 3 rows of them not" in said
+    assert len(parts(place)) == 3
+    assert "1 parts were made anew" in cli.succeeded(gc(place, model, *words, "--delete"))
+    (found,) = examine(root, [use(place, model, 0)])
+    assert (found.parts, found.rows, found.used) == (1, 1, 1)
