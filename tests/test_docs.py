@@ -1,15 +1,17 @@
 """The pages say what the program does: generated, complete, and with commands that parse."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
 
 import click
 import pytest
+import torch
 
 from prift.methods import METHODS
-from prift.stats import CORE
-from prift.weigher import RULES
+from prift.stats import CORE, EXTENDED, TokenStats
+from prift.weigher import RULES, Weigher
 from prift_cli import main
 from prift_cli.docs import commands, page
 
@@ -71,6 +73,35 @@ def test_every_option_of_a_rule_is_in_its_section():
             row = re.search(rf"^\| `{option}` \| `?([^`|]*?)`? \|", section, re.MULTILINE)
             assert row, f"{name}: {option} has no row"
             assert type(parameter.default)(row[1]) == parameter.default, f"{name}: {option}"
+
+
+def test_rule_table_is_the_one_in_the_code():
+    text = PAGES["docs/methods.md"].partition("## Rules\n")[2].partition("### ")[0]
+    rows = re.findall(r"^\| `([\w-]+)` \| .+ \| ([\w, ]+) \| (\w+) \| .+ \|$", text, re.MULTILINE)
+    expected = []
+    for name, rule in RULES.items():
+        needs = "extended" if set(rule.needs) & set(EXTENDED) else "core"
+        needs = needs + (", twice" if rule.base else "") if rule.needs else "nothing"
+        expected.append((name, needs, rule.scope))
+    assert sorted(rows) == sorted(expected)
+
+
+def test_every_rule_names_its_paper():
+    """In its section, where it has one."""
+    text = PAGES["docs/methods.md"]
+    for name, rule in RULES.items():
+        section = re.split(r"^#+ ", text.partition(f"### `{name}`\n")[2], flags=re.MULTILINE)[0]
+        for paper in set(re.findall(r"\d{4}\.\d{5}", inspect.getdoc(rule.function))):
+            assert paper in section or f"arxiv.org/abs/{paper})" in text, f"{name}: {paper}"
+
+
+def test_the_rule_of_your_own_runs():
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGES["docs/methods.md"], re.M | re.DOTALL)
+    (block,) = [b for b in blocks if "@rule(" in b]
+    names = {"__name__": "mine"}
+    exec(block, names)
+    stats = TokenStats(logprob=torch.tensor([-1.5, -2.5]), entropy=torch.tensor([1.0, 1.0]))
+    assert Weigher.of(names["surprise"].rule, "prior")(stats).tolist() == [1, 0]
 
 
 def test_method_table_is_the_one_in_the_code():
