@@ -76,7 +76,7 @@ class Examples(Sequence[Example]):
         return self._store.where(self._order[index])
 
     def max_id(self) -> int:
-        """The largest token id, -1 where there is none, for asking whether a model's vocabulary has it."""
+        """The largest token id, to ask whether a vocabulary has it; -1 where there is none."""
         return int(self._ids.max(initial=-1))
 
 

@@ -114,10 +114,9 @@ def precompute(
         planner = Planner(cache, options.positions, STATISTICS[options.statistics])
         plans = ahead.start(map(planner.plan, windows))
         del windows  # the thread's now
-        plans = lacking(
-            plans, lambda: _totals(report, known, identity, planner, options.shard, say)
-        )
-        claims = Claims(cache.root, identity.id, str(options.shard or "0/1"))
+        shard = options.shard
+        plans = lacking(plans, lambda: _totals(report, known, identity, planner, shard, say))
+        claims = Claims(cache.root, identity.id, str(shard or "0/1"))
         turns = Turns(cache, claims, planner.names, lambda: read(lambda amount: None), say)
 
         def load() -> tuple[Scorer, dict[str, str]]:
@@ -136,7 +135,7 @@ def precompute(
             scored_tokens=turns.scored_tokens,
             statistics_tokens=turns.statistics_tokens,
             seconds=time.monotonic() - started,
-            shard=str(options.shard) if options.shard else None,
+            shard=str(shard) if shard else None,
         )
 
 

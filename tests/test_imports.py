@@ -28,7 +28,7 @@ LAYERS = {
         "background",
         "spans",
         "versions",
-        "budget",
+        "agreement",
         "report",
         "process",
         "newfile",
@@ -60,6 +60,7 @@ LAYERS = {
         "rules",
         "comparing",
         "methods",
+        "weighing",
     },
     # the cache and the text, put together of their parts
     2: {"index", "cache", "writer", "formats", "encode", "chat", "output", "watch", "arguments"}
