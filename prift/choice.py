@@ -182,7 +182,7 @@ def _no_prior_of(root: Root, found: Mapping[str, PriorIdentity], asked: Asked, c
         shown = [f"{n} {_shown(a)}, asked for {_shown(b)}" for n, (a, b) in lacks.items()]
         if set(lacks) == {"config"}:
             shown.append("the weights are the same: another version of transformers, perhaps")
-        lines.append(f"  --prior {key}  ({'; '.join([model_name(root, key), *shown])})")
+        lines.append(f"  --prior {key}  ({'; '.join([_model(root, key), *shown])})")
     return (
         f"{root.name} holds no prior of {printable(asked.model)} (weights "
         f"{_shown(asked.weights)}, config {_shown(asked.config)}). It holds:\n"
@@ -198,18 +198,23 @@ def _listing(root: Root, priors: Mapping[str, PriorIdentity]) -> str:
     lines = []
     for key, identity in priors.items():
         values = [f"{n} {_shown(getattr(identity, n, None))}" for n in names]
-        lines.append(f"  --prior {key}  ({'; '.join([model_name(root, key), ', '.join(values)])})")
+        lines.append(f"  --prior {key}  ({'; '.join([_model(root, key), ', '.join(values)])})")
     return "\n".join(lines).replace("; )", ")")
 
 
-def model_name(root: Root, prior: str) -> str:
-    """The model's name as the smallest part of the prior says, which is a claim."""
+def model_name(root: Root, prior: str) -> str | None:
+    """The model's name as the smallest part of the prior says, which is a claim; None where it says
+    none."""
     names: list[Any] = []
     with contextlib.suppress(CacheError):  # the reader of that part will say what is wrong with it
         for part in sorted(root.parts(prior), key=lambda part: part.size)[:1]:
             names = [one.get("model") for one in provenance_in(root.fetch(prior, part))]
     named = [name for name in names if isinstance(name, str)]
-    return printable(named[0]) if named else "model unknown"
+    return printable(named[0]) if named else None
+
+
+def _model(root: Root, prior: str) -> str:
+    return model_name(root, prior) or "model unknown"
 
 
 def _shown(value: Any) -> str:

@@ -280,7 +280,7 @@ def _refuse_missing(dataset: Any, reader: _Reader, cache: PriorCache, names: Seq
 
 def _missing(cache: PriorCache, count: int, of: int, first: str) -> MissingPrior:
     prior = cache.identity
-    words = ["prift", "precompute", "--model", model_name(cache.root, prior.id)]
+    words = ["prift", "precompute", "--model", model_name(cache.root, prior.id) or "MODEL"]
     words += ["--data", "rows.jsonl", "--cache", cache.root.name]
     words += ["--dtype", prior.dtype, "--attention", prior.attention]
     if prior.logits_dtype != "float32":

@@ -1,6 +1,7 @@
 """`prift cache export`: a data set's tokens with a rule's weights, for other trainers."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,8 @@ from transformers import AutoConfig
 
 from prift import export as export_module
 from prift.cache import PriorCache, list_priors
+from prift.choice import open_prior
+from prift.columns import look_up
 from prift.errors import CacheError, MissingPrior, OptionError, PriftError
 from prift.export import ExportOptions, export
 from prift.methods import weigher
@@ -165,3 +168,36 @@ def test_the_command(lab, tmp_path):
     cli.refused(cli.prift("cache", "export", *data, "--output", out), "--method NAME, or --rule")
     online = [*data, "--method", "dft", "--output", out]
     cli.refused(cli.prift("cache", "export", *online), "only weights from the prior")
+
+
+def test_a_cache_at_a_url_serves_export_columns_and_training(lab, s3, tmp_path):
+    """All readers of this house, from the same priors as in the folder."""
+    for file in Path(lab.cache).rglob("*"):
+        if file.is_file():
+            s3.put(f"team/{file.relative_to(lab.cache)}", file.read_bytes())
+    url = s3.url("team")
+    words = ["prift", "cache", "export", "--model", lab.model, "--data", lab.data]
+    words += ["--max-length", "60", "--method", "prift-prob", "--cache"]
+    for cache in (lab.cache, url):
+        out = tmp_path / f"{len(cache)}.jsonl"
+        cli.succeeded(cli.prift(*words[1:], cache, "--output", out))
+    one, other = (path.read_bytes() for path in tmp_path.glob("*.jsonl"))
+    assert one == other
+    ids = [json.loads(line)["input_ids"] for line in one.splitlines()]
+    scored = [np.array(json.loads(line)["labels"]) >= 0 for line in one.splitlines()]
+    found = look_up(open_prior(url, lab.model), ids, scored)["logprob"]
+    right = look_up(open_prior(lab.cache), ids, scored)["logprob"]
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(found, right, strict=True))
+    with pytest.raises(
+        CacheError, match=f"^{re.escape(url.partition('?')[0])} holds no prior 0{{16}}"
+    ):
+        open_prior(url, "0" * 16)
+    said = []
+    for name, cache in (("folder", lab.cache), ("url", url)):
+        lab.train(f"from-{name}", "prift-mass", "--max_steps 2", said=said, cache=cache)
+    assert sum("the model agrees with the prior" in line for line in said) == 2
+    losses = [
+        [entry["loss"] for entry in lab.history(f"from-{name}") if "loss" in entry]
+        for name in ("folder", "url")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
