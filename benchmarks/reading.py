@@ -22,6 +22,7 @@ from prift.mapped import mapped_arrays
 from prift.methods import weigher
 from prift.models import attention_for, load_config, load_model
 from prift.tokenizers import load_tokenizer
+from prift.weighing import weigh
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 BATCH = 8
@@ -33,11 +34,13 @@ def drawn(examples: Examples) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     size = examples.num_labels
     mass = np.where(random.random(size) < 0.25, -3.0, -0.1)
-    return {
+    prior = {
         "logprob": -random.exponential(1, size).astype(np.float32),
         "log_mass_rank": mass.astype(np.float32),
         "n_tie": np.ones(size, np.int32),
     }
+    weights = weigh(MASS, examples.label_counts, prior)
+    return {"logprob": prior["logprob"], "weights": weights}
 
 
 class Step:
@@ -54,9 +57,10 @@ class Step:
 
     def __call__(self) -> None:
         batch = dict(self._batch)
-        weighted = Weighted(LabelTokens(**batch.pop("tokens")), batch.pop("prior"))
+        known = {n: batch.pop(n) for n in ("weights", "scale")}
+        weighted = Weighted(LabelTokens(**batch.pop("tokens")), batch.pop("prior"), **known)
         tokens = batch.pop("num_labels")
-        del batch["index"]
+        del batch["index"], batch["denominator"]
         (self._model(**batch, weighted=weighted)["loss"] / tokens).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -71,7 +75,7 @@ def measure(size: int, rounds: int) -> dict[str, float]:
     )
     held = mapped_arrays("benchmark", lambda: drawn(examples))
     before = resident("RssAnon")
-    data, bare = PriorDataset(examples, held, MASS), PriorDataset(examples, {})
+    data, bare = PriorDataset(examples, held, cut=True), PriorDataset(examples, {})
     anonymous = resident("RssAnon") - before
     some = np.random.default_rng(1).permutation(size)[:4096].tolist()
     batches = [some[i : i + BATCH] for i in range(0, len(some), BATCH)]
@@ -92,7 +96,7 @@ def measure(size: int, rounds: int) -> dict[str, float]:
         ],
     }
     found = {name: s / len(some) * 1e6 for name, s in interleaved(runs, rounds).items()}
-    opening = interleaved({"open": lambda: PriorDataset(examples, held, MASS)}, 1)["open"]
+    opening = interleaved({"open": lambda: PriorDataset(examples, held, cut=True)}, 1)["open"]
     steps = interleaved({"step": Step(data)}, 5 * rounds)
     held.close()
     return {

@@ -37,6 +37,7 @@ from prift.forward import install
 from prift.methods import METHODS, weigher
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
+from prift.weighing import weigh
 from tests.toy_tokenizers import byte_level
 
 FIXED = 512  # tokens to which the authors' examples are padded here
@@ -120,16 +121,15 @@ class Whole:
         data.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         examples = load_examples([str(data)], byte_level(), TextOptions(), context=None)
         knows = method.source == "prior"  # the weights, before training
+        prior = _prior(examples, {"logprob", *method.needs}) if knows else {}
+        if knows:
+            prior["weights"] = weigh(method, examples.label_counts, prior)
         install(self._model, method)
         return PriftTrainer(
             model=self._model,
             args=training_arguments(output, {}, flags, False)[0],
             data_collator=collate,
-            train_dataset=PriorDataset(
-                examples,
-                _prior(examples, {"logprob", *method.needs}) if knows else {},
-                method if knows else None,
-            ),
+            train_dataset=PriorDataset(examples, prior, cut=knows),
             guard=StepGuard(method),
             skips_rows=knows,
         )

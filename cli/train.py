@@ -6,8 +6,9 @@ import click
 
 from prift.errors import Interrupted, OptionError
 
-from .command import TRAINING, Command, common, key_values, quiet, resolved, say
+from .command import TRAINING, Command, common, quiet, resolved, say
 from .options import attention, data_options, data_spec, dtype_choice
+from .weighting import chosen_weigher, weighting_options
 
 
 class TrainCommand(Command):
@@ -36,29 +37,21 @@ class TrainCommand(Command):
     help="The cache that prift precompute wrote.",
 )
 @click.option("--output", required=True, metavar="DIR", help="Where the trained model goes.")
-@click.option(
-    "--method",
-    type=click.Choice(["sft", "dft", "prift-prob", "prift-mass"]),
-    help="A rule and its source by the name papers use.",
-)
-@click.option("--rule", metavar="R", help="Weighting rule (docs/methods.md): uniform, prob, mass.")
-@click.option(
-    "--source",
-    type=click.Choice(["prior", "online"]),
-    help="Whose statistics the rule sees: the frozen prior's, or the model's in training.",
-)
-@click.option(
-    "--rule-arg", multiple=True, metavar="K=V", help="Option of the rule, as threshold=0.5."
-)
-@click.option(
-    "--ties",
-    type=click.Choice(["paper", "official-code"]),
-    help="How mass counts tokens exactly as likely as the target.  [default: paper]",
-)
+@weighting_options
 @click.option(
     "--prior",
+    multiple=True,
     metavar="MODEL|ID",
-    help="Which prior of the cache to read.  [default: the only one of --model]",
+    help="Which prior of the cache to read; twice, for a rule that compares two.  [default: the "
+    "only one of --model]",
+)
+@click.option(
+    "--normalize",
+    type=click.Choice(["tokens", "kept", "weights", "sequence"]),
+    default="tokens",
+    show_default=True,
+    help="What a step's loss is divided by: its label tokens, those of nonzero weight, the sum of "
+    "weights; or the mean over its sequences.",
 )
 @click.option(
     "--dtype",
@@ -110,11 +103,7 @@ class TrainCommand(Command):
 def train(
     ctx: click.Context,
     json_output: bool,
-    method: str | None,
-    rule: str | None,
-    source: str | None,
-    rule_arg: tuple[str, ...],
-    ties: str | None,
+    prior: tuple[str, ...],
     training_flags: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -128,8 +117,8 @@ def train(
       prift train --model Qwen/Qwen2.5-1.5B --data train.jsonl --cache prior-cache \\
         --method prift-mass --output out -- --bf16 --learning_rate 5e-5 --num_train_epochs 1
     """
-    if (method is None) == (rule is None) or (method and source):
-        raise OptionError("choose one of --method NAME, or --rule NAME with --source prior|online.")
+    if len(prior) > 2:
+        raise OptionError("--prior may be given twice, not more often.")
     if options["merge"] and not options["lora_r"]:
         raise OptionError("--merge merges an adapter: it needs --lora-r.")
 
@@ -139,19 +128,12 @@ def train(
     import torch.distributed
 
     from prift.arguments import training_arguments
-    from prift.methods import METHODS, weigher
     from prift.ranks import is_rank_zero
     from prift.train import train as run
     from prift.training_data import TrainOptions
 
-    if method:
-        rule, source = METHODS[method]
-    arguments = key_values(rule_arg, "--rule-arg")
-    if ties and "ties" in arguments:
-        raise OptionError("--ties and --rule-arg ties= say the same thing: give one of them.")
-    if ties:
-        arguments["ties"] = ties
-    chosen = weigher(rule, source, arguments)
+    chosen = chosen_weigher(ctx, options)
+    first, second = (*prior, None, None)[:2]
     quiet()
     kept = resolved(ctx)
     spec = data_spec(options)
@@ -166,7 +148,7 @@ def train(
     with redirect_stdout(sys.stderr):  # Trainer prints its logs; stdout is for the result
         try:
             result = run(
-                TrainOptions(spec=spec, weigher=chosen, **options),
+                TrainOptions(spec=spec, weigher=chosen, prior=first, base_prior=second, **options),
                 settings,
                 kept | {TRAINING: given},
                 say,

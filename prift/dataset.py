@@ -2,7 +2,7 @@
 
 Where weights are known beforehand, what no gradient comes from is not run: a sequence ends at the
 position that predicts its last token of nonzero weight, and one without such a token is left out.
-A batch says how many label tokens it had before, since the loss divides by all of them.
+A batch says what it adds to the denominator of the loss, which counts what was cut off.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,22 @@ import torch
 from prift.examples import Examples
 from prift.mapped import MappedArrays
 from prift.packing import laid_end_to_end
-from prift.stats import TokenStats
-from prift.weigher import Weigher
-
-_CHUNK = 8192  # examples weighed at once
+from prift.weighing import DENOMINATORS, kept
 
 
 class PriorDataset(torch.utils.data.Dataset):
     """One item per example: what of it is run.
 
-    examples  the examples
-    prior     statistics by name, flat over all label tokens of all examples in order; may be empty
-    weigher   a rule whose source is the prior: sequences are cut by its weights. None: nothing is
+    examples   the examples
+    prior      statistics by name, flat over all label tokens of all examples in order; may be
+               empty. Among them 'weights' (float32), where those are known beforehand
+    cut        whether sequences are cut by those weights
+    normalize  what the loss is divided by: one of weighing.NORMALIZERS
 
     An item has input_ids (int32 [T]), places and targets (int64 and int32 [N], its label tokens),
-    prior (each statistic [N]), index, and num_labels, counted before anything was cut. Label tokens
-    stand at places, which may end with T itself: what it predicts needs no token itself to be run.
+    prior and weights (each [N]), scale (of its loss), index, and, counted before anything was cut,
+    num_labels and denominator. Label tokens stand at places, which may end with T itself: what it
+    predicts needs no token itself to be run.
 
     lengths   int64: T of each item; 0 where no token has a weight
     """
@@ -38,15 +38,18 @@ class PriorDataset(torch.utils.data.Dataset):
         self,
         examples: Examples,
         prior: Mapping[str, np.ndarray],
-        weigher: Weigher | None = None,
+        cut: bool = False,
+        normalize: str = "tokens",
     ):
         self.examples, self.prior = examples, prior
+        self._weights, self._names = prior.get("weights"), [n for n in prior if n != "weights"]
+        self._denominator, self._each = DENOMINATORS[normalize], normalize == "sequence"
         self.lengths, self._counts = examples.lengths, examples.label_counts
         self._kept, self._begins = self._counts, np.cumsum(self._counts) - self._counts
-        if weigher is not None:
-            self._kept = np.concatenate([self._weigh(weigher, s) for s in self._chunks()])
+        if cut:
+            self._kept = kept(self._weights, self._counts)
             items = zip(examples, self._kept.tolist(), strict=True)
-            last = [np.flatnonzero(e.label_mask)[kept - 1] if kept else 0 for e, kept in items]
+            last = [np.flatnonzero(e.label_mask)[n - 1] if n else 0 for e, n in items]
             self.lengths = np.array(last, np.int64)
 
     def __len__(self) -> int:
@@ -65,30 +68,22 @@ class PriorDataset(torch.utils.data.Dataset):
             self.prior.close()
 
     def _item(self, index: int, size: int | None, kept: int) -> dict[str, Any]:
-        example, begin = self.examples[index], self._begins[index]
+        example, begin, count = self.examples[index], self._begins[index], self._counts[index]
         places = np.flatnonzero(example.label_mask)[:kept]
-        return {
+        own = slice(begin, begin + kept)
+        item = {
             "input_ids": example.input_ids[:size],
             "places": places,
             "targets": example.input_ids[places],
-            "prior": {name: values[begin : begin + kept] for name, values in self.prior.items()},
-            "num_labels": int(self._counts[index]),
+            "prior": {name: self.prior[name][own] for name in self._names},
+            "scale": 1 / count if self._each else 1.0,
+            "num_labels": int(count),
             "index": int(index),
         }
-
-    def _chunks(self) -> list[slice]:
-        return [slice(i, i + _CHUNK) for i in range(0, len(self), _CHUNK)]
-
-    def _weigh(self, weigher: Weigher, chunk: slice) -> np.ndarray:
-        """int64 [chunk]: label tokens of each example up to its last of nonzero weight."""
-        begins, counts = self._begins[chunk], self._counts[chunk]
-        own = slice(begins[0], begins[-1] + counts[-1])
-        values = {n: torch.from_numpy(self.prior[n][own].copy()) for n in weigher.needs}
-        sequence = torch.arange(len(counts)).repeat_interleave(torch.from_numpy(counts))
-        weights = weigher(TokenStats(**values), sequence).expand(own.stop - own.start).numpy()
-        nonzero = np.concatenate([[-1], np.flatnonzero(weights) + own.start])
-        last = nonzero[np.searchsorted(nonzero, begins + counts) - 1]
-        return np.maximum(last + 1 - begins, 0)
+        if self._weights is None:
+            return item | {"denominator": 1 if self._each else int(count)}
+        whole = self._weights[begin : begin + count]
+        return item | {"weights": whole[:kept], "denominator": self._denominator(whole)}
 
 
 def collate(items: Sequence[Mapping[str, Any]], packed: bool = False) -> dict[str, Any]:
@@ -98,7 +93,8 @@ def collate(items: Sequence[Mapping[str, Any]], packed: bool = False) -> dict[st
                    sequences end to end, with where they end, as transformers names it:
                    cu_seq_lens_q (int32 [B + 1]) and max_length_q
     tokens, prior  fields of `forward.LabelTokens` and statistics by name, of N label tokens
-    num_labels     of all items
+    weights, scale  float32 [N]: weights where they are known, and a factor of each token's loss
+    num_labels, denominator  of all items
     index          of each sequence, and behind them of the items that are not run
 
     Where there is nothing to run, one token is, without a label: every process takes every step.
@@ -127,6 +123,9 @@ def collate(items: Sequence[Mapping[str, Any]], packed: bool = False) -> dict[st
         "sequence": sequence,
     }
     prior = {n: np.concatenate([item["prior"][n] for item in run]) for n in run[0]["prior"]}
+    scale = np.array([item["scale"] for item in run], np.float32)[sequence]
+    if "weights" in run[0]:
+        more["weights"] = torch.from_numpy(np.concatenate([item["weights"] for item in run]))
     return {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask),
@@ -134,6 +133,8 @@ def collate(items: Sequence[Mapping[str, Any]], packed: bool = False) -> dict[st
         **more,
         "tokens": {name: torch.from_numpy(array) for name, array in tokens.items()},
         "prior": {name: torch.from_numpy(array) for name, array in prior.items()},
+        "scale": torch.from_numpy(scale),
         "num_labels": sum(item["num_labels"] for item in items),
+        "denominator": sum(item["denominator"] for item in items),
         "index": [item["index"] for item in items],
     }

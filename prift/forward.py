@@ -40,13 +40,14 @@ class Weighted:
     tokens     its label tokens, N of them
     prior      the prior's statistics [N] by name; may be empty
     weights    float32 [N], where they are known beforehand
+    scale      float32 [N], a factor of each token's loss, or None
     every_nll  also compute the nll of tokens whose weight is zero
 
     Neither mapping nor dataclass, since wrappers look into those: FSDP2's mixed precision would
     round the statistics to bfloat16, and with them the weights.
     """
 
-    __slots__ = ("every_nll", "prior", "tokens", "weights")
+    __slots__ = ("every_nll", "prior", "scale", "tokens", "weights")
 
     def __init__(
         self,
@@ -54,8 +55,10 @@ class Weighted:
         prior: dict[str, Tensor],
         every_nll: bool = False,
         weights: Tensor | None = None,
+        scale: Tensor | None = None,
     ):
-        self.tokens, self.prior, self.weights, self.every_nll = tokens, prior, weights, every_nll
+        self.tokens, self.prior, self.every_nll = tokens, prior, every_nll
+        self.weights, self.scale = weights, scale
 
     @staticmethod
     def of(labels_BT: Tensor, prior_BT: dict[str, Tensor]) -> "Weighted":
@@ -126,6 +129,7 @@ def _loss(
         weigher,
         TokenStats(**weighted.prior),
         weights_N=weighted.weights,
+        scale_N=weighted.scale,
         sequence_N=tokens.sequence,
         every_nll=weighted.every_nll,
         kernel=kernel,

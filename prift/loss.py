@@ -29,7 +29,7 @@ _CHUNK_ROWS = (64, 1024)  # fewer: each chunk's V x H accumulation dominates; mo
 class LossOutput:
     """Result of one micro-batch of N label tokens.
 
-    loss     float32 scalar, differentiable: the sum of weights * nll
+    loss     float32 scalar, differentiable: the sum of weights * scale * nll
     nll      float32 [N], -log p of each label token, detached; NaN where the row was not run
     weights  float32 [N], detached
     """
@@ -71,6 +71,7 @@ def weighted_loss(
     prior: TokenStats | None,
     *,
     weights_N: Tensor | None = None,
+    scale_N: Tensor | None = None,
     sequence_N: Tensor | None = None,
     every_nll: bool = False,
     kernel: Kernel | None = None,
@@ -82,6 +83,7 @@ def weighted_loss(
     prior      statistics [N] of the same tokens, where the weigher's source is the prior, or where
                it compares the online model with the prior
     weights_N  float32 [N], where they are known beforehand: the weigher is not asked
+    scale_N    float32 [N], not 0: a factor of each token's loss; None: 1
     sequence_N int64 [N]: which sequence each token belongs to, for rules that ask for it
     every_nll  also compute `nll` of rows whose weight is zero, without gradient
     kernel     what makes the nll and its gradient, where it takes these tensors
@@ -94,37 +96,38 @@ def weighted_loss(
         head = replace(head, weight=head.weight.to(dtype), bias=bias)
     with torch.autocast(device, enabled=False):
         if weigher.source == "online" and weights_N is None:
-            online = _Online(weigher, prior or TokenStats(), sequence_N)
-            if weigher.scope == "token":
-                return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, online, kernel))
-            weights_N = online.all(hidden_NH.detach(), head, targets_N)
-            return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights_N, kernel))
+            weights = _Online(weigher, prior or TokenStats(), sequence_N, scale_N)
+            if weigher.scope != "token":
+                weights = weights.all(hidden_NH.detach(), head, targets_N)
+            out = LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights, kernel))
+            return out if scale_N is None else replace(out, weights=out.weights / scale_N)
         if weights_N is None:
             weights_N = weigher(prior or TokenStats(), sequence_N)
         weights_N = weights_N.to(hidden_NH.device).expand(len(targets_N))
         nll_N = torch.full_like(weights_N, torch.nan)
         rows = weights_N.nonzero()[:, 0]
+        scaled = weights_N[rows] if scale_N is None else weights_N[rows] * scale_N[rows]
         loss, nll_N[rows], _ = _cross_entropy(
-            hidden_NH[rows], head, targets_N[rows], weights_N[rows], kernel
+            hidden_NH[rows], head, targets_N[rows], scaled, kernel
         )
         if every_nll:
             rest = (weights_N == 0).nonzero()[:, 0]
             ones = torch.ones_like(rest, dtype=torch.float32)
             with torch.no_grad():
-                nll_N[rest] = _cross_entropy(hidden_NH[rest], head, targets_N[rest], ones, kernel)[
-                    1
-                ]
+                _, found, _ = _cross_entropy(hidden_NH[rest], head, targets_N[rest], ones, kernel)
+            nll_N[rest] = found
         return LossOutput(loss, nll_N, weights_N)
 
 
 @dataclass(frozen=True, slots=True)
 class _Online:
-    """What weighs tokens by what the model in training thinks of them. Arguments: see
-    weighted_loss."""
+    """What weighs tokens by what the model in training thinks of them, times their scale. For the
+    arguments see weighted_loss."""
 
     weigher: Weigher
     prior: TokenStats
     sequence_N: Tensor | None
+    scale_N: Tensor | None
 
     def rows(self, rows: slice, head: Head, h_CH: Tensor, y_C: Tensor, nll_C: Tensor) -> Tensor:
         """Weights [C] of these rows. Of the statistics the logprob alone is known already; for
@@ -135,14 +138,16 @@ class _Online:
             stats = Fold(head, names=self.weigher.needs)(h_CH, y_C)
         sequence_C = None if self.sequence_N is None else self.sequence_N[rows]
         base = self.prior.map(lambda values: values[rows].to(h_CH.device))
-        return self.weigher(stats, sequence_C, base).expand(len(y_C))
+        scale = 1.0 if self.scale_N is None else self.scale_N[rows]
+        return self.weigher(stats, sequence_C, base).expand(len(y_C)) * scale
 
     @torch.no_grad()
     def all(self, hidden_NH: Tensor, head: Head, targets_N: Tensor) -> Tensor:
         """Weights [N] of rules that look at many tokens: a pass over the chunks of its own."""
         stats = Fold(head, names=self.weigher.needs)(hidden_NH, targets_N)
         base = self.prior.map(lambda values: values.to(hidden_NH.device))
-        return self.weigher(stats, self.sequence_N, base).expand(len(targets_N))
+        scale = 1.0 if self.scale_N is None else self.scale_N
+        return self.weigher(stats, self.sequence_N, base).expand(len(targets_N)) * scale
 
 
 def _cross_entropy(

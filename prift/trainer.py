@@ -60,13 +60,14 @@ class PriftTrainer(transformers.Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """The micro-batches of one optimiser step, and its label tokens over all processes, with
-        those that were cut off and are in no batch."""
+        """The micro-batches of one optimiser step; and (denominator, label tokens) over all
+        processes, float64 [2], with what was cut off and is in no batch."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        own = torch.tensor(sum(batch["num_labels"] for batch in batches), device=device)
-        return batches, self.accelerator.reduce(own, "sum")
+        own = [sum(batch[n] for batch in batches) for n in ("denominator", "num_labels")]
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        return batches, self.accelerator.reduce(torch.tensor(own, dtype=kind, device=device), "sum")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         """By the lengths that are run, which are known; to learn them, transformers would make
@@ -87,9 +88,9 @@ class PriftTrainer(transformers.Trainer):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """Weighted loss of one micro-batch, already divided by the step's label tokens."""
+        """Weighted loss of one micro-batch, already divided by the step's denominator."""
         every_nll = not self._skips_rows or self._wants_full_metrics()
         if every_nll and self._skips_rows:
             whole = [self.train_dataset.whole(index) for index in inputs["index"]]
@@ -106,8 +107,9 @@ class PriftTrainer(transformers.Trainer):
         sums = _per_token(out, weighted).sum(0)
         sums += (num_labels - len(tokens.place)) * sums.new_tensor(_OF_A_CUT_TOKEN)
         self._sums = self._sums.to(sums.device) + sums
-        share = num_labels / num_items_in_batch
-        loss = out["loss"] / num_items_in_batch + out["auxiliary"] * share
+        denominator, labels = num_items_in_batch.float()
+        loss = out["loss"] / torch.where(denominator > 0, denominator, 1.0)
+        loss = loss + out["auxiliary"] * (num_labels / labels)
         return loss * self.accelerator.num_processes  # data parallelism averages gradients
 
     def _get_grad_norm(
@@ -156,7 +158,14 @@ class PriftTrainer(transformers.Trainer):
 
 def _taken(batch: dict[str, Any], every_nll: bool) -> tuple[Weighted, int, list[int]]:
     """(weighted, num_labels, index) of a batch, which keeps what the model's forward takes."""
-    weighted = Weighted(LabelTokens(**batch.pop("tokens")), batch.pop("prior"), every_nll)
+    del batch["denominator"]
+    weighted = Weighted(
+        LabelTokens(**batch.pop("tokens")),
+        batch.pop("prior"),
+        every_nll,
+        batch.pop("weights", None),
+        batch.pop("scale"),
+    )
     return weighted, batch.pop("num_labels"), batch.pop("index")
 
 

@@ -81,6 +81,10 @@ def load_data(
     something; for other rules the cache only adds the metric drift, and what lacks is said.
     """
     weigher = options.weigher
+    if weigher.source == "online" and options.normalize in ("kept", "weights"):
+        raise OptionError(
+            f"--normalize {options.normalize} wants the weights before the step: --source prior."
+        )
     needed = weigher.source == "prior" or bool(weigher.base)
     specs = [("training", options.spec)]
     if options.eval_data:
@@ -129,8 +133,7 @@ def _base(options: TrainOptions, folder: Path, config: Any) -> PriorIdentity | N
         raise OptionError(
             f"rule {weigher.name} compares two priors: name both, --prior A --prior B."
             if wanted
-            else f"rule {weigher.name} --source {weigher.source} reads one prior; --prior was given "
-            "twice."
+            else f"--prior was given twice; rule {weigher.name} does not compare two priors."
         )
     if not wanted:
         return None

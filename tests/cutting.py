@@ -16,6 +16,7 @@ import torch
 
 from prift.arguments import training_arguments
 from prift.dataset import PriorDataset, collate
+from prift.examples import Examples
 from prift.forward import install
 from prift.heads import body_of
 from prift.methods import METHODS, weigher
@@ -24,6 +25,7 @@ from prift.ranks import is_rank_zero
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from prift.weigher import Weigher
+from prift.weighing import NORMALIZERS, weigh
 from tests import references
 from tests.families import tiny
 from tests.grids import grid, labels_of
@@ -40,7 +42,7 @@ BATCH, STEPS, RATE = 2, 3, 0.05
 NOTHING_TO_RUN = 2  # the number of the batch that holds examples 4 and 5
 
 
-def dataset(chosen: Weigher) -> PriorDataset:
+def dataset(chosen: Weigher, normalize: str = "tokens") -> PriorDataset:
     """Examples of random ids, and statistics that give the weights of KEPT."""
     random = np.random.RandomState(0)
     rows = [(random.randint(3, 300, len(k)), k.replace("0", "1").replace(".", "0")) for k in KEPT]
@@ -51,11 +53,26 @@ def dataset(chosen: Weigher) -> PriorDataset:
         logprob[~kept] = -200.0  # a probability that float32 rounds to zero
     ones = np.ones(len(kept), np.int32)
     prior = {"logprob": logprob.astype(np.float32), "log_mass_rank": mass, "n_tie": ones}
-    return PriorDataset(examples(*rows), prior, chosen if chosen.source == "prior" else None)
+    return weighed(examples(*rows), prior, chosen, normalize)
+
+
+def weighed(
+    rows: Examples, prior: dict[str, np.ndarray], chosen: Weigher, normalize: str = "tokens"
+) -> PriorDataset:
+    """With the weights of a rule whose source is the prior, and cut by them."""
+    if chosen.source != "prior":
+        return PriorDataset(rows, prior, normalize=normalize)
+    weights = weigh(chosen, rows.label_counts, prior)
+    return PriorDataset(rows, prior | {"weights": weights}, cut=True, normalize=normalize)
 
 
 def run(
-    folder: Path, method: str, accumulation: int, flags: str = "", packed: bool = False
+    folder: Path,
+    method: str,
+    accumulation: int,
+    flags: str = "",
+    packed: bool = False,
+    normalize: str = "tokens",
 ) -> dict:
     """Trains with prift: what was logged, the shapes the body saw, the parameters."""
     chosen = weigher(*METHODS[method], {})
@@ -74,7 +91,7 @@ def run(
         model=model,
         args=training_arguments(str(folder / "out"), {}, words.split(), False)[0],
         data_collator=partial(collate, packed=packed),
-        train_dataset=dataset(chosen),
+        train_dataset=dataset(chosen, normalize),
         guard=StepGuard(chosen),
         full_metrics_steps=100,  # that is, in the first step
         skips_rows=chosen.source == "prior",
@@ -89,7 +106,13 @@ def run(
     return {"logged": logged, "shapes": shapes, "parameters": parameters}
 
 
-def naive(method: str, batches_a_step: int, ranks: int = 1, dtype=torch.float64) -> dict:
+def naive(
+    method: str,
+    batches_a_step: int,
+    ranks: int = 1,
+    dtype=torch.float64,
+    normalize: str = "tokens",
+) -> dict:
     """The same by the definitions: whole sequences, full logits, plain autograd, in `dtype`."""
     chosen = weigher(*METHODS[method], {})
     data, model, logged = dataset(chosen), tiny("llama").to(dtype), []
@@ -99,14 +122,25 @@ def naive(method: str, batches_a_step: int, ranks: int = 1, dtype=torch.float64)
             collate([data.whole(i) for i in range(start, start + BATCH)])
             for start in itertools.islice(starts, batches_a_step)
         ]
-        tokens = sum(batch["num_labels"] for batch in batches)
+        denominator = 0.0
         loss, table = torch.zeros((), dtype=dtype), []
         for number, batch in enumerate(batches):
             logits = model(input_ids=batch["input_ids"]).logits
             weights = naive_weights(method, batch, logits.detach())
-            loss = loss + references.weighted_loss(logits, labels_of(batch), weights, tokens)
+            labelled = labels_of(batch) != -100
+            scaled = weights
+            if normalize == "sequence":
+                scaled = weights / labelled.sum(1, keepdim=True).clamp_min(1)
+            loss = loss + references.weighted_loss(logits, labels_of(batch), scaled, 1.0)
+            denominator += {
+                "tokens": batch["num_labels"],
+                "kept": int((weights[labelled] != 0).sum()),
+                "weights": float(weights[labelled].sum()),
+                "sequence": int(labelled.any(1).sum()),
+            }[normalize]
             measured = chosen.source != "prior" or (step == 0 and number < ranks)
             table += per_token(batch, logits.detach(), weights, measured)
+        loss = loss / (denominator or 1.0)
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -155,7 +189,9 @@ def metrics(table: np.ndarray) -> dict[str, float]:
 
 if __name__ == "__main__":
     target, method_name, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    result = run(target, method_name, steps, packed="packed" in sys.argv)
+    normalizer = next((n for n in NORMALIZERS if n in sys.argv), "tokens")
+    packed = "packed" in sys.argv
+    result = run(target, method_name, steps, packed=packed, normalize=normalizer)
     rank = torch.distributed.get_rank()
     (target / f"shapes{rank}.json").write_text(json.dumps(result["shapes"]))
     if is_rank_zero():

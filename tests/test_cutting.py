@@ -29,7 +29,7 @@ def by_mass(*rows) -> PriorDataset:
         "log_mass_rank": np.where(kept, 0, -9).astype(np.float32),
         "n_tie": np.ones(len(kept), np.int32),
     }
-    return PriorDataset(examples(*plain), prior, MASS)
+    return cutting.weighed(examples(*plain), prior, MASS)
 
 
 def test_a_sequence_ends_where_its_last_weight_is_predicted():
@@ -68,15 +68,14 @@ def test_a_batch_with_nothing_to_run_runs_one_token():
 
 def test_a_weight_that_is_no_number_is_not_cut_off():
     rows = examples(([1, 2, 3], "011"))
-    data = PriorDataset(
-        rows, {"logprob": np.array([-1, np.nan], np.float32)}, weigher("prob", "prior", {})
-    )
+    prior = {"logprob": np.array([-1, np.nan], np.float32)}
+    data = cutting.weighed(rows, prior, weigher("prob", "prior", {}))
     assert data[0]["places"].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8192])
 def test_weights_are_the_same_in_chunks_of_any_size(size, monkeypatch):
-    monkeypatch.setattr("prift.dataset._CHUNK", size)
+    monkeypatch.setattr("prift.weighing._CHUNK", size)
     data = cutting.dataset(MASS)
     ends = [kept.rfind("1") for kept in KEPT]
     assert data.lengths.tolist() == [max(end, 0) for end in ends]
@@ -87,14 +86,18 @@ def test_weights_are_the_same_in_chunks_of_any_size(size, monkeypatch):
 
 
 @cache
-def expected(method: str, batches_a_step: int, ranks: int = 1, dtype=torch.float64) -> dict:
-    return cutting.naive(method, batches_a_step, ranks, dtype)
+def expected(
+    method: str, batches_a_step: int, ranks: int, dtype: torch.dtype, normalize: str
+) -> dict:
+    return cutting.naive(method, batches_a_step, ranks, dtype, normalize)
 
 
-def assert_equal(ours: dict, method: str, batches_a_step: int, ranks: int = 1) -> None:
+def assert_equal(
+    ours: dict, method: str, batches_a_step: int, ranks: int = 1, normalize: str = "tokens"
+) -> None:
     """Losses, metrics and parameters, to what the naive computation itself loses in float32."""
-    exact = expected(method, batches_a_step, ranks)
-    rounded = expected(method, batches_a_step, ranks, torch.float32)
+    exact = expected(method, batches_a_step, ranks, torch.float64, normalize)
+    rounded = expected(method, batches_a_step, ranks, torch.float32, normalize)
     assert len(ours["logged"]) == len(exact["logged"]) == STEPS
     for found, wanted in zip(ours["logged"], exact["logged"], strict=True):
         assert set(wanted) <= set(found)

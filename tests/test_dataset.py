@@ -46,7 +46,8 @@ def test_batches_are_padded_on_the_right():
         assert batch[name].tolist() == values
         assert batch[name].dtype == torch.int64
     assert batch["num_labels"] == 5 and batch["index"] == [2, 0, 1]
-    assert set(batch) == {*expected, "tokens", "prior", "num_labels", "index"}
+    others = {"tokens", "prior", "scale", "num_labels", "denominator", "index"}
+    assert set(batch) == {*expected, *others}
 
 
 LABELS = {"target": [8, 7, 6, 8, 2], "sequence": [0, 0, 1, 1, 2]}

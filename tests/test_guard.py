@@ -107,7 +107,7 @@ def bad_rule():
             hard = stats.logprob <= (stats.logprob.min() if len(stats.logprob) else 0)
             return torch.where(hard, value, 1.0)
 
-        rule(name, needs=("logprob",), signed=signed)(weights)
+        RULES[name] = rule(name, needs=("logprob",), signed=signed)(weights).rule
         METHODS[name] = (name, source)
         names.append(name)
         return name

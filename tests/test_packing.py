@@ -20,7 +20,7 @@ from prift.backends.ways import Ways
 from prift.headcheck import head_or_reason
 from prift.heads import body_of
 from prift.packing import NAME, kernel_refusal, varlen_attention
-from prift.precompute import _Lazy
+from prift.scoring import _Lazy
 from tests.families import tiny
 from tests.scoring import sequences
 from tests.varlen import on_the_cpu

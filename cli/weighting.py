@@ -1,0 +1,96 @@
+"""The options that say how tokens are weighed, shared by the commands that weigh them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from prift.errors import OptionError
+
+from .command import key_values
+
+_OPTIONS = [
+    click.option(
+        "--method",
+        type=click.Choice(["sft", "dft", "prift-prob", "prift-mass"]),
+        help="A rule and its source by the name papers use.",
+    ),
+    click.option(
+        "--rule",
+        metavar="R",
+        help="Weighting rule (docs/methods.md); A*B multiplies two; PACKAGE.MODULE:FUNCTION is "
+        "your own.",
+    ),
+    click.option(
+        "--source",
+        type=click.Choice(["prior", "online"]),
+        help="Whose statistics the rule sees: the frozen prior's, or the model's in training.",
+    ),
+    click.option(
+        "--rule-arg", multiple=True, metavar="K=V", help="Option of the rule, as threshold=0.5."
+    ),
+    click.option(
+        "--ties",
+        type=click.Choice(["paper", "official-code"]),
+        help="How mass counts tokens exactly as likely as the target.  [default: paper]",
+    ),
+    click.option(
+        "--mix",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        show_default=True,
+        metavar="S",
+        help="Share of plain SFT: the weight becomes (1 - S) w + S.",
+    ),
+    click.option("--min-weight", type=float, metavar="W", help="No weight is below this."),
+    click.option("--max-weight", type=float, metavar="W", help="No weight is above this."),
+    click.option("--allow-negative", is_flag=True, help="Rules may give negative weights."),
+    click.option(
+        "--allow-import",
+        is_flag=True,
+        help="A config file may name a rule of your own, which runs.",
+    ),
+]
+_NAMES = ("method", "rule", "source", "rule_arg", "ties", "mix", "min_weight", "max_weight")
+_NAMES += ("allow_negative", "allow_import")
+
+
+def weighting_options(function: Callable) -> Callable:
+    """--method, --rule and what belongs to them."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def chosen_weigher(ctx: click.Context, options: dict[str, Any]) -> Any:
+    """The Weigher that these options name; takes them out of `options`. Raises OptionError."""
+    given = {name: options.pop(name) for name in _NAMES}
+    method, rule, source = given["method"], given["rule"], given["source"]
+    if (method is None) == (rule is None) or (method and source):
+        raise OptionError("choose one of --method NAME, or --rule NAME with --source prior|online.")
+    from_file = ctx.get_parameter_source("rule") is ParameterSource.DEFAULT_MAP
+    if rule and ":" in rule and from_file and not given["allow_import"]:
+        raise OptionError(
+            f"the config file names the rule {rule}, which is code that would run. Where you trust "
+            "it, add --allow-import."
+        )
+    arguments = key_values(given["rule_arg"], "--rule-arg")
+    if given["ties"] and "ties" in arguments:
+        raise OptionError("--ties and --rule-arg ties= say the same thing: give one of them.")
+    if given["ties"]:
+        arguments["ties"] = given["ties"]
+
+    from prift.methods import METHODS, weigher
+
+    if method:
+        rule, source = METHODS[method]
+    return weigher(
+        rule,
+        source,
+        arguments,
+        mix=given["mix"],
+        least=given["min_weight"],
+        most=given["max_weight"],
+        allow_negative=given["allow_negative"],
+    )

@@ -1,0 +1,69 @@
+"""Weights that are known before training, and what a loss that uses them is divided by.
+
+A rule whose source is the prior weighs every label token of the data once: quantiles and medians
+of a rule of batch scope are those of the whole data set.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from prift.stats import TokenStats
+from prift.weigher import Weigher
+
+_CHUNK = 8192  # sequences weighed at once
+
+NORMALIZERS = ("tokens", "kept", "weights", "sequence")
+"""--normalize: what the loss of a step is divided by. See docs/methods.md."""
+
+
+def weigh(
+    weigher: Weigher,
+    counts: np.ndarray,
+    prior: Mapping[str, np.ndarray],
+    base: Mapping[str, np.ndarray] | None = None,
+) -> np.ndarray:
+    """float32 [N]: the weight of each label token.
+
+    counts  int64 [E]: label tokens of each example
+    prior   statistics [N] that the weigher needs, flat over all examples in order
+    base    those of the second prior, for a rule that compares two
+    """
+    weights = np.empty(int(counts.sum()), np.float32)
+    ends = np.cumsum(counts)
+    step = max(1, len(counts)) if weigher.scope == "batch" else _CHUNK
+    for first in range(0, len(counts), step):
+        own_counts = torch.from_numpy(counts[first : first + step])
+        own = slice(ends[first] - counts[first], ends[min(first + step, len(counts)) - 1])
+        sequence = torch.arange(len(own_counts)).repeat_interleave(own_counts)
+        stats = _stats(prior, weigher.needs, own)
+        found = weigher(stats, sequence, _stats(base or {}, weigher.base, own))
+        weights[own] = found.expand(own.stop - own.start).numpy()
+    return weights
+
+
+def _stats(values: Mapping[str, np.ndarray], names: tuple[str, ...], own: slice) -> TokenStats:
+    return TokenStats(**{n: torch.from_numpy(values[n][own].copy()) for n in names})
+
+
+def kept(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64 [E]: label tokens of each example up to its last of nonzero weight."""
+    ends, found = np.cumsum(counts), np.zeros(len(counts), np.int64)
+    for first in range(0, len(counts), _CHUNK):
+        own_ends, own_counts = ends[first : first + _CHUNK], counts[first : first + _CHUNK]
+        begin = own_ends[0] - own_counts[0]
+        nonzero = np.flatnonzero(weights[begin : own_ends[-1]]) + begin
+        nonzero = np.concatenate([[-1], nonzero])
+        last = nonzero[np.searchsorted(nonzero, own_ends) - 1]
+        found[first : first + _CHUNK] = np.maximum(last + 1 - (own_ends - own_counts), 0)
+    return found
+
+
+DENOMINATORS: dict[str, Callable[[np.ndarray], float]] = {
+    "tokens": len,
+    "kept": np.count_nonzero,
+    "weights": lambda weights: float(np.abs(weights).sum(dtype=np.float64)),
+    "sequence": lambda weights: 1,
+}
+"""What an example's label tokens of these weights add to the denominator."""
