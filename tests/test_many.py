@@ -258,6 +258,24 @@ def test_data_that_changed_meanwhile_are_refused(held):
     assert len(keys_of(lab)) == 30
 
 
+def test_claims_in_an_object_store(s3, tmp_path):
+    """Each of two processes leaves a window that the other has, and removes what it left."""
+    root = open_root(s3.url())
+    with Claims(root, "p") as one, Claims(root, "p") as other:
+        assert one.take("v") and not other.take("v") and other.take("w")
+        assert one.company() and other.company()
+        assert sorted(s3.objects()) == ["cache/p/claims/v.0-of-1", "cache/p/claims/w.0-of-1"]
+        assert root.claimant("p", "v.0-of-1").startswith(f"{signature()} ")
+        one.release(["v"])
+        assert other.take("v")
+    assert s3.objects() == {} and root.claimant("p", "v.0-of-1") is None
+    lab = Lab(tmp_path, rows=20)
+    options = PrecomputeOptions(window_rows=10)
+    result = precompute(lab.model, lab.spec(), s3.url(), options, lambda line: None)
+    assert result.scored == 20
+    assert [name for name in s3.objects() if "claims" in name] == []
+
+
 def test_processes_with_other_shares_do_not_meet(tmp_path):
     root = open_root(tmp_path)
     with Claims(root, "p", "0/4") as one, Claims(root, "p", "1/4") as other:
