@@ -63,7 +63,8 @@ class NewFile:
         """Removes what was written; what is still written goes nowhere."""
         self._abandoned = True
         self._raw.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing may be written any more it stays
+            self._path.unlink()
 
 
 def remove_stale(folder: Path) -> None:

@@ -27,6 +27,9 @@ COLUMN_TYPES = {
 }
 # Not what float16 has no room for, above (expected_rank) or below (collision).
 _MAY_BE_HALF = {"logprob", "log_mass_rank", "entropy", "entropy_top20"}
+_MAX_ROWS = 1 << 24
+"""Of a row group: one that claims more is damaged. Memory is taken for as many before a page is
+read; prift writes 192 k tokens and a sequence."""
 # What pyarrow raises for a file that is no Parquet, or is damaged, and what it lets through.
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError)
 
@@ -60,6 +63,7 @@ def read_row_groups(
     try:
         with pq.ParquetFile(path, page_checksum_verification=verify) as file:
             _check_columns(path, file.schema_arrow, columns)
+            _check_sizes(path, file.metadata)
             for group in range(file.num_row_groups) if wanted is None else wanted:
                 table = file.read_row_group(group, columns=columns)
                 yield {name: _to_numpy(name, table[name], path) for name in columns}
@@ -74,6 +78,7 @@ def part_columns(path: Path) -> tuple[tuple[str, ...], bool]:
             schema = file.schema_arrow
             names = tuple(n for n in schema.names if n in COLUMN_TYPES)
             _check_columns(path, schema, ["key", "length", "spans", *names])
+            _check_sizes(path, file.metadata)
             return names, any(schema.field(n).type.value_type == pa.float16() for n in names)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
@@ -119,6 +124,14 @@ def _check_columns(path: Path, schema: pa.Schema, columns: list[str]) -> None:
             fits = pa.types.is_list(found) and found.value_type in allowed
         if not fits:
             raise damaged(path, f"its column {name} is of the type {found}")
+
+
+def _check_sizes(path: Path, metadata: pq.FileMetaData) -> None:
+    for number in range(metadata.num_row_groups):
+        # Not what it says of its columns: pyarrow ends the process where that is malformed.
+        rows = metadata.row_group(number).num_rows
+        if not 0 <= rows <= _MAX_ROWS:
+            raise damaged(path, f"its row group {number} claims to have {rows:,} rows")
 
 
 def _to_numpy(name: str, column: pa.ChunkedArray, path: Path) -> Any:
