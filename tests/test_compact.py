@@ -354,6 +354,18 @@ def test_a_damaged_copy_is_not_the_store_s_fault(tmp_path, s3):
     assert len(s3.objects()) == 2
 
 
+def test_a_store_that_lets_nobody_delete_loses_nothing(tmp_path, s3):
+    in_store(tmp_path, s3)
+    fault = s3.server.fail(403, "DELETE", times=float("inf"))
+    with pytest.raises(CacheError, match="s3://"):
+        compact(open_root(s3.url()), grace=0)
+    assert fault.seen
+    assert len(s3.objects()) == 7
+    s3.server.faults.clear()
+    (done,) = compact(open_root(s3.url()), grace=0)
+    assert (done.merged, done.made, len(s3.objects())) == (5, 1, 2)
+
+
 def test_in_an_object_store(tmp_path, s3):
     in_store(tmp_path, s3)
     reader = PriorCache(s3.url(), IDENTITY)

@@ -161,6 +161,17 @@ def test_another_prior_goes_only_when_that_is_asked_for(place, model, tmp_path):
         examine(root, [use(place, other, 0)])
 
 
+def test_a_prior_of_which_nothing_is_used_goes_whole(place, model):
+    """The same model's in another precision, of other data."""
+    more = ("--dtype", "bfloat16")
+    cli.succeeded(cli.precompute(model, place / "0.jsonl", place / "cache", *more))
+    root = Root(place / "cache")
+    found = examine(root, [use(place, model, 1)])
+    assert sorted((one.parts, len(one.unused), one.used) for one in found) == [(1, 1, 0), (3, 2, 4)]
+    sweep(root, found)
+    assert root.priors() == [one.prior for one in found if one.used]
+
+
 def test_a_prior_may_be_named_by_its_id_or_its_model(place, model, tmp_path):
     other = cli.make_model(tmp_path / "other", seed=1)
     cli.succeeded(cli.precompute(other, place / "0.jsonl", place / "cache"))
