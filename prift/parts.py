@@ -4,6 +4,7 @@ A part's name ends in the hash of its bytes, so that it says itself whether it i
 whole file was hashed nothing in it is believed: what pyarrow makes of damage becomes a CacheError.
 """
 
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def damaged(path: Path | str, why: str) -> CacheError:
 
 def _unreadable(path: Path, error: Exception) -> CacheError:
     if isinstance(error, OSError) and error.errno:  # the system's word; pyarrow's have no number
-        return CacheError(f"cannot read {path}: {error.strerror}")
+        return CacheError(f"cannot read {path}: {os.strerror(error.errno)}")
     return damaged(path, f"it cannot be read as a part of a cache ({error})")
 
 
