@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from prift.errors import OptionError
 
@@ -69,7 +68,7 @@ def chosen_weigher(ctx: click.Context, options: dict[str, Any]) -> Any:
     method, rule, source = given["method"], given["rule"], given["source"]
     if (method is None) == (rule is None) or (method and source):
         raise OptionError("choose one of --method NAME, or --rule NAME with --source prior|online.")
-    from_file = ctx.get_parameter_source("rule") is ParameterSource.DEFAULT_MAP
+    from_file = ctx.get_parameter_source("rule") is click.core.ParameterSource.DEFAULT_MAP
     if rule and ":" in rule and from_file and not given["allow_import"]:
         raise OptionError(
             f"the config file names the rule {rule}, which is code that would run. Where you trust "

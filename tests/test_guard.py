@@ -99,12 +99,15 @@ def test_a_run_without_any_weight_leaves_the_model_as_it_was(lab, method):
 
 @pytest.fixture
 def bad_rule():
-    """Registers a rule that gives its value to the tokens that the prior found hardest."""
+    """Registers a rule that gives its value to the share of tokens that the prior found hardest, or
+    to the one that it found hardest of all."""
     names = []
 
-    def register(name: str, value: float, source: str, signed: bool = False) -> str:
+    def register(
+        name: str, value: float, source: str, signed: bool = False, share: float = 0.0
+    ) -> str:
         def weights(stats):
-            hard = stats.logprob <= (stats.logprob.min() if len(stats.logprob) else 0)
+            hard = stats.logprob <= (stats.logprob.quantile(share) if len(stats.logprob) else 0)
             return torch.where(hard, value, 1.0)
 
         RULES[name] = rule(name, needs=("logprob",), signed=signed)(weights).rule
@@ -120,7 +123,7 @@ def bad_rule():
 @pytest.mark.parametrize("source", ["prior", "online"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -2.0])
 def test_a_weight_that_may_not_be_names_rule_token_and_value(lab, bad_rule, value, source):
-    name = bad_rule(f"bad{value}", value, source)
+    name = bad_rule(f"bad{value}", value, source, share=0.5)
     with pytest.raises(PriftError, match="step 1: rule bad") as error:
         lab.train(f"{name}-{source}", name, FLAGS, rule_args=None)
     message = str(error.value)
