@@ -127,7 +127,7 @@ def choose_prior(
         newest[replace(identity, stats_version=0)] = identity
     if len(newest) == 1:
         return next(iter(newest.values()))
-    which = "priors" if wanted is None else f"priors of {printable(wanted.model)}"
+    which = "priors" if wanted is None else f"priors of {printable(wanted.model, 300)}"
     listed = _listing(root, {v.id: v for v in sorted(newest.values(), key=lambda v: v.id)})
     raise CacheError(
         f"{root.name} holds {len(newest)} {which}; choose one with --prior ID:\n{listed}"
@@ -184,7 +184,7 @@ def _no_prior_of(root: Root, found: Mapping[str, PriorIdentity], asked: Asked, c
             shown.append("the weights are the same: another version of transformers, perhaps")
         lines.append(f"  --prior {key}  ({'; '.join([_model(root, key), *shown])})")
     return (
-        f"{root.name} holds no prior of {printable(asked.model)} (weights "
+        f"{root.name} holds no prior of {printable(asked.model, 300)} (weights "
         f"{_shown(asked.weights)}, config {_shown(asked.config)}). It holds:\n"
         + "\n".join(lines)
         + f"\nChoose one of them with --prior ID, or run:\n  {command}"

@@ -80,7 +80,8 @@ def test_a_prior_with_an_adapter_is_not_the_bare_model(lab, tmp_path):
         for key, length, runs, own in rows:
             own = {n: shifted(v) for n, v in own.items()}
             writer.add(key.ljust(16, b"\0"), int(length), runs, own)
-    lab.train("adapted-prior", "prift-mass", FLAGS, cache=str(tmp_path))
+    (adapted,) = list_priors(tmp_path)
+    lab.train("adapted-prior", "prift-mass", FLAGS, cache=str(tmp_path), prior=adapted)
     assert lab.history("adapted-prior")
 
 
