@@ -56,10 +56,14 @@ class PriorCache:
 
     The hash of a part is checked before its statistics are used for the first time. Raises
     CacheError for a part that is none, and for what `PriorIdentity.refusal` refuses.
+
+    keys_only  for `missing` alone: of a store's parts keys and spans are read where they lie, and
+               nothing is copied
     """
 
-    def __init__(self, root: str | Path | Root, identity: PriorIdentity):
+    def __init__(self, root: str | Path | Root, identity: PriorIdentity, keys_only: bool = False):
         identity.check()
+        self._keys_only = keys_only
         self.root = root if isinstance(root, Root) else open_root(root)
         self.identity = identity
         self.folder = self.root.where(identity.id)
@@ -92,6 +96,8 @@ class PriorCache:
 
     def _opened(self, part: Part) -> tuple[Path, PartIndex]:
         """Where the part, or the copy of it, lies, and its rows."""
+        if self._keys_only:
+            return Path(), self._parts.get(part.name) or self._keys_of(part)
         path = self.root.fetch(self.identity.id, part)
         if part.name in self._parts:
             return path, self._parts[part.name]
@@ -101,6 +107,14 @@ class PriorCache:
             if not self.root.forget(self.identity.id, part.name):
                 raise
             return path, PartIndex.read(self.root.fetch(self.identity.id, part))
+
+    def _keys_of(self, part: Part) -> PartIndex:
+        source = self.root.source(self.identity.id, part)
+        try:
+            return PartIndex.read(source)
+        finally:
+            if not isinstance(source, Path):
+                source.close()
 
     def _forget_gone(self) -> bool:
         """Whether parts, or copies of them, are gone that were there; forgets them."""

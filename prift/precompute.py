@@ -110,7 +110,7 @@ def precompute(
         for line in known:
             say(line)
         identity = _identify(folder, config, options)
-        cache = PriorCache(cache_root, identity)
+        cache = PriorCache(cache_root, identity, keys_only=True)
         planner = Planner(cache, options.positions, STATISTICS[options.statistics])
         plans = ahead.start(map(planner.plan, windows))
         del windows  # the thread's now

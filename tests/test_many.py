@@ -258,8 +258,9 @@ def test_data_that_changed_meanwhile_are_refused(held):
     assert len(keys_of(lab)) == 30
 
 
-def test_claims_in_an_object_store(s3, tmp_path):
-    """Each of two processes leaves a window that the other has, and removes what it left."""
+def test_claims_in_an_object_store(s3, tmp_path, monkeypatch):
+    """Each of two processes leaves a window that the other has, and removes what it left. To see
+    what others have finished, keys alone are read."""
     root = open_root(s3.url())
     with Claims(root, "p") as one, Claims(root, "p") as other:
         assert one.take("v") and not other.take("v") and other.take("w")
@@ -274,6 +275,10 @@ def test_claims_in_an_object_store(s3, tmp_path):
     result = precompute(lab.model, lab.spec(), s3.url(), options, lambda line: None)
     assert result.scored == 20
     assert [name for name in s3.objects() if "claims" in name] == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine's"))
+    result = precompute(lab.model, lab.spec(), s3.url(), options, lambda line: None)
+    assert result.scored == 0
+    assert not list(tmp_path.glob("another machine's/**/*.parquet"))
 
 
 def test_processes_with_other_shares_do_not_meet(tmp_path):
