@@ -10,6 +10,7 @@ from prift import __version__
 from .cache_move import cache  # with the commands of both files
 from .export import export
 from .precompute import precompute
+from .rules import rules
 from .train import train
 
 
@@ -24,10 +25,12 @@ def main() -> None:
     prift train        trains with any rule that turns those statistics into weights;
                        no reference model is loaded
     prift cache        looks at what lies in the cache, checks it, shares it
+    prift rules        lists the weighting rules and what each reads
     """
 
 
 main.add_command(precompute)
 main.add_command(train)
 main.add_command(cache)
+main.add_command(rules)
 cache.add_command(export)

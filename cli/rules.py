@@ -1,0 +1,67 @@
+"""`prift rules`."""
+
+import json
+from typing import Any
+
+import click
+
+from prift.errors import OptionError
+
+from .cache import json_option
+from .command import debug
+from .tables import table
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+@debug
+def rules(name: str | None, json_output: bool, debug: bool) -> None:
+    """List the weighting rules: what each reads, and what one weight depends on.
+
+    With a NAME, that rule's formula, options and source. docs/methods.md says more.
+
+    \b
+    Example:
+      prift rules mass
+    """
+    from prift.methods import METHODS
+    from prift.weigher import RULES
+
+    if name is not None and name not in RULES:
+        raise OptionError(f"unknown rule {name!r}. Rules: {', '.join(RULES)}.")
+    found = [_described(RULES[n], METHODS) for n in RULES if name in (None, n)]
+    if json_output:
+        click.echo(json.dumps(found))
+    elif name is None:
+        columns = ("rule", "reads", "scope", "options", "method")
+        table(columns, [[_shown(one[column]) for column in columns] for one in found])
+        click.echo("\nreads: statistics of the source, / those of the distribution compared with")
+    else:
+        click.echo(f"{name}: {found[0]['formula']}\n")
+        for key in ("reads", "scope", "options", "method"):
+            click.echo(f"{key.ljust(8)} {_shown(found[0][key]) or 'none'}")
+
+
+def _described(rule: Any, methods: dict[str, tuple[str, str | None]]) -> dict[str, Any]:
+    import inspect
+
+    from prift.stats import EXTENDED
+
+    reads = ", ".join(rule.needs) + (f" / {', '.join(rule.base)}" if rule.base else "")
+    return {
+        "rule": rule.name,
+        "reads": reads,
+        "scope": rule.scope,
+        "options": {k: p.default for k, p in rule.options().items()},
+        "method": [m for m, (own, _) in methods.items() if own == rule.name],
+        "statistics": "extended" if {*rule.needs, *rule.base} & {*EXTENDED} else "core",
+        "signed": rule.signed,
+        "formula": inspect.getdoc(rule.function),
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
+    return ", ".join(value) if isinstance(value, list) else value
