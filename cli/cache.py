@@ -158,7 +158,7 @@ def verify(
     chosen = choose(root, priors)
     vocabulary = _vocabulary(model, options["trust_remote_code"]) if model else None
     with progress("checking", total=size_of(root, chosen), unit="B") as advance:
-        found = run(root, chosen, vocabulary, advance)
+        found = run(root, chosen, vocabulary, advance, whole=not priors)
     if deep:
         from prift.deepcheck import deepen
 

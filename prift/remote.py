@@ -47,10 +47,13 @@ class RemoteRoot(Root):
         self.name = self._store.name
 
     def priors(self) -> list[str]:
-        names = [i.base_name for i in self._store.list() if i.type.name == "Directory"]
+        names = self._folders()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             sizes = list(pool.map(lambda name: self._store.size(f"{name}/{IDENTITY}"), names))
-        return sorted(name for name, size in zip(names, sizes, strict=True) if size)
+        return [name for name, size in zip(names, sizes, strict=True) if size]
+
+    def _folders(self) -> list[str]:
+        return sorted(i.base_name for i in self._store.list() if i.type.name == "Directory")
 
     def identity(self, prior: str, fresh: bool = False) -> str:
         copy = self.folder / prior / IDENTITY

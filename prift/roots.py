@@ -78,6 +78,16 @@ class Root:
         """Ids of all priors, ascending; an absent root holds none."""
         return sorted(path.parent.name for path in self.folder.glob(f"*/{IDENTITY}"))
 
+    def nameless(self) -> list[str]:
+        """Folders with parts that are no prior, since they have no prior.json: no reader looks at
+        them."""
+        priors = set(self.priors())
+        return [name for name in self._folders() if name not in priors and self.parts(name)]
+
+    def _folders(self) -> list[str]:
+        """Names of all folders, ascending."""
+        return sorted(path.parent.name for path in self.folder.glob("*/parts"))
+
     def identity(self, prior: str, fresh: bool = False) -> str:
         """The text of its prior.json, with `fresh` whatever a copy says. Raises CacheError where
         there is none."""

@@ -80,15 +80,19 @@ def verify(
     priors: Sequence[str],
     vocabulary: Callable[[PriorIdentity | None], int | None] | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    whole: bool = True,
 ) -> Verified:
     """Checks these priors.
 
+    whole       they are all there are: parts that lie outside of them are a problem
     vocabulary  V of a prior, where it is known
     advance     told how many bytes were checked
 
     Raises CacheError only where the store does not answer.
     """
     done = Verified(priors=len(priors))
+    if whole:
+        done.problems += [_nameless(root, name) for name in root.nameless()]
     for prior in priors:
         identity = _check_identity(root, prior, done.problems)
         try:
@@ -112,6 +116,15 @@ def size_of(root: Root, priors: Sequence[str]) -> int:
         with contextlib.suppress(CacheError):  # which it reports
             total += sum(part.size for part in root.parts(prior))
     return total
+
+
+def _nameless(root: Root, name: str) -> Problem:
+    what = f"it holds parts and no {IDENTITY}, so that no reader looks at them"
+    mend = (
+        f"run the `prift precompute` command that made it again, which writes {IDENTITY}, or "
+        f"delete {root.where(name)}"
+    )
+    return Problem(name, root.where(name), what, mend)
 
 
 def _check_identity(root: Root, prior: str, problems: list[Problem]) -> PriorIdentity | None:
@@ -205,6 +218,11 @@ class _PartCheck:
             shown = f"{rows[first].tolist()[:8]} in {lengths[first]} tokens"
             what = f"spans are no runs within the sequence: {shown}"
             return self._wrong(what, row_group=number, row=first, count=int(bad.sum()))
+        if (lengths < 1).any():
+            bad = lengths < 1
+            first = int(bad.argmax())
+            what = f"length is {lengths[first]}"
+            self._wrong(what, row_group=number, row=first, count=int(bad.sum()))
         starts = np.concatenate([[0], np.cumsum(counts // 2)])
         tokens = np.concatenate([[0], np.cumsum(flat[1::2].astype(np.int64) - flat[::2])])
         tokens = np.diff(tokens[starts])

@@ -29,7 +29,9 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("args", [["--help"], ["precompute", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["precompute", "--help"], ["train", "--help"], ["cache", "-h"]]
+)
 def test_help_imports_nothing_heavy(args):
     code = f"""
 import sys

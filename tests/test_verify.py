@@ -144,6 +144,18 @@ BAD_TABLES = {
         sound_table(length=pa.array([3], pa.int32())),
         ["row group 0, row 0: spans are no runs within the sequence: [1, 4] in 3 tokens"],
     ),
+    "no length": (
+        sound_table(
+            length=pa.array([0], pa.int32()),
+            **dict.fromkeys(
+                ("spans", "logprob", "log_mass_rank", "entropy"), pa.array([[]], FLOATS)
+            ),
+        )
+        .set_column(2, "spans", pa.array([[]], INTS))
+        .set_column(5, "rank", pa.array([[]], INTS))
+        .set_column(6, "n_tie", pa.array([[]], INTS)),
+        ["row group 0, row 0: length is 0"],
+    ),
     "spans from 0": (sound_table(spans=pa.array([[0, 3]], INTS)), ["[0, 3] in 4 tokens"]),
     "spans odd": (sound_table(spans=pa.array([[1, 4, 5]], INTS)), ["[1, 4, 5]"]),
     "a value short": (
@@ -247,6 +259,14 @@ def test_bad_identities(name, copy):
     (problem,) = checked(copy).problems
     assert problem.where == str(file) and word in problem.what
     assert f"delete {file}" in problem.mend
+
+
+def test_parts_without_an_identity(copy):
+    fx.add(copy, [("one", 5, runs(1, 2), [1])])
+    (copy / IDENTITY.id / "prior.json").unlink()
+    assert said(copy).startswith(f"{copy / IDENTITY.id}: it holds parts and no prior.json")
+    (prior,) = open_root(copy).priors()
+    assert verify(open_root(copy), [prior], whole=False).problems == []
 
 
 def two_rows(root, first: list, second: list, spans=(1, 4), length: int = 4) -> None:
