@@ -8,11 +8,11 @@ import click
 from prift.errors import OptionError
 
 from .cache import json_option
-from .command import debug
+from .command import Command, debug
 from .tables import table
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", required=False)
 @json_option
 @debug
