@@ -71,8 +71,8 @@ LAYERS = {
     | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
-    | {"provenance", "choice", "columns", "dataset", "trainer"}
-    | {"inventory", "histograms", "verify", "invariants", "doubles"}
+    | {"provenance", "choice", "sequences", "columns", "dataset", "trainer"}
+    | {"inventory", "histograms", "verify", "problems", "partcheck", "invariants", "doubles"}
     | {"merging", "compact", "copying", "gc"},
     # the two commands
     5: {"precompute", "deepcheck", "training_data", "export", "stepcheck", "train"},
