@@ -20,6 +20,7 @@ from prift.models import attention_for, checkpoint_dtype, load_config, locate, w
 from prift.provenance import printable, provenance_in
 from prift.remote import open_root
 from prift.roots import Root
+from prift.stats import EXTENDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def choose_for(
         return _asked(options.prior, found, load_config(found, options.trust_remote_code))
 
     prior_id = options.prior if is_id(options.prior) else None
-    command = command_for(options, options.spec, None, folder, config)
+    command = command_for(options, options.spec, None, folder, config, names)
     return choose_prior(options.cache or "", names, command, prior_id, asked)
 
 
@@ -145,8 +146,10 @@ def command_for(
     identity: PriorIdentity | None,
     folder: Path,
     config: Any,
+    names: Collection[str] = (),
 ) -> str:
-    """The precompute command that adds the examples of `spec` to the prior being read."""
+    """The precompute command that adds these statistics of the examples of `spec` to the prior
+    being read."""
     model = options.prior or options.model
     if options.prior and spec.tokenizer is None:
         spec = replace(spec, tokenizer=options.model)  # the ids are the trainee's
@@ -154,9 +157,9 @@ def command_for(
         model = f"THE_MODEL_OF_{options.prior}"
     cache = re.sub("(?<=://)[^/@]*@", "", options.cache or "CACHE")  # without its credentials
     words = spec.precompute_command(model, cache)
+    more = ["--statistics", "extended"] if set(names) & set(EXTENDED) else []
     if identity is None:
-        return words
-    more = []
+        return f"{words} {shlex.join(more)}".rstrip()
     own = options.prior is None
     if not own or identity.dtype != checkpoint_dtype(folder, config):
         more += ["--dtype", identity.dtype]

@@ -86,7 +86,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     examples, _ = options.spec.load(folder, config)
     for line in examples.report.lines():
         say(line)
-    command = command_for(options, options.spec, identity, folder, config)
+    command = command_for(options, options.spec, identity, folder, config, names)
     cache = PriorCache(open_root(options.cache), identity)
     prior = read_prior(cache, examples, request(examples), names, command)
     weights = weigh(options.weigher, examples.label_counts, prior)

@@ -11,6 +11,7 @@ from prift import spans
 from prift.cache import PriorCache, sequence_key
 from prift.errors import MissingPrior
 from prift.examples import Examples
+from prift.stats import CORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,11 @@ def read_prior(
     """
     absent = cache.missing(asked.keys, asked.spans, names)
     if absent:
+        few = [n for n in names if n in CORE]
+        scored = len(few) < len(names) and not cache.missing(asked.keys, asked.spans, few)
+        what = " and no ".join(n for n in names if n not in CORE) if scored else "prior"
         raise MissingPrior(
-            f"{len(absent):,} of {len(examples):,} sequences have no prior in {cache.folder} "
+            f"{len(absent):,} of {len(examples):,} sequences have no {what} in {cache.folder} "
             f"(first: {examples.where(absent[0])}). Run:\n  {command}"
         )
     return cache.read(asked.keys, asked.spans, names)

@@ -110,7 +110,7 @@ def load_data(
             say(f"{purpose}: {line}")
         prior: Mapping[str, np.ndarray] = {}
         if identity is not None:
-            command = command_for(options, spec, identity, folder, config)
+            command = command_for(options, spec, identity, folder, config, names)
             try:
                 prior = _decoded(options, identity, examples, names, command, base)
             except CacheError as error:
