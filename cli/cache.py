@@ -145,9 +145,10 @@ def verify(
       prift cache verify --cache prior-cache
     """
     from prift.inventory import choose
+    from prift.problems import lines
     from prift.progress import progress
     from prift.remote import open_root
-    from prift.verify import lines, size_of
+    from prift.verify import size_of
     from prift.verify import verify as run
 
     if deep and not (model and options["data"]):

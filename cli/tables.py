@@ -200,7 +200,7 @@ def _bar(share: float) -> str:
 
 
 def verified_lines(found: Any) -> Iterator[str]:
-    """What a prift.verify.Verified looked at and found, in short."""
+    """What a prift.problems.Verified looked at and found, in short."""
     for one in found.deep:
         mean, most = one["mean_difference"], one["largest_difference"]
         off = "without bound" if mean is None else f"by {mean:.2g} on average, {most:.2g} at most"

@@ -21,11 +21,11 @@ from prift.identity import PriorIdentity, config_digest, weights_digest
 from prift.inventory import Contents
 from prift.models import load_config, locate, weight_files
 from prift.plan import Plan
+from prift.problems import Problem, Verified
 from prift.request import Request, request
 from prift.roots import IDENTITY, Root
 from prift.scoring import score_plan
 from prift.stats import CORE, EXTENDED
-from prift.verify import Problem, Verified
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -12,8 +12,8 @@ from prift.agreement import disagreements
 from prift.cache import list_priors
 from prift.deepcheck import deepen
 from prift.errors import CacheError, MissingPrior
+from prift.problems import Verified
 from prift.remote import open_root
-from prift.verify import Verified
 from prift.writer import CacheWriter
 from tests import cli_fixtures as cli
 from tests.lab import Lab

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from prift.identity import canonical_json
+from prift.problems import Problem, Verified
 from prift.remote import open_root
 from prift.roots import Root
-from prift.verify import Problem, Verified, verify
+from prift.verify import verify
 from prift.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests import cli_fixtures as cli
