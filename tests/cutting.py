@@ -26,7 +26,7 @@ from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from prift.weigher import Weigher
 from prift.weighing import NORMALIZERS, weigh
-from tests import references
+from tests import references, rule_references
 from tests.families import tiny
 from tests.grids import grid, labels_of
 from tests.test_request import examples
@@ -160,8 +160,8 @@ def naive_weights(method: str, batch: dict, logits: torch.Tensor) -> torch.Tenso
     for b, t in (labels != -100).nonzero().tolist():
         weights[b, t] = {
             "sft": lambda b=b, t=t: 1.0,
-            "dft": lambda b=b, t=t: references.weight_prob(
-                logits[b, t - 1].numpy(), int(labels[b, t])
+            "dft": lambda b=b, t=t: rule_references.weight_prob(
+                rule_references.softmax(logits[b, t - 1].numpy()), int(labels[b, t])
             ),
             "prift-prob": lambda b=b, t=t: float(prior["logprob"][b, t].exp()),
             "prift-mass": lambda b=b, t=t: float(prior["log_mass_rank"][b, t] > -0.5),

@@ -1,7 +1,7 @@
 """Each definition once, naively: plain loops over a full softmax in float64.
 
 Written from the formulas in docs/statistics.md, not from the code under test. Benchmarks import
-these too.
+these too. Weights of rules are in rule_references.py.
 """
 
 import math
@@ -98,23 +98,6 @@ def online_score(logits, targets):
     own = q.gather(1, targets[:, None])
     below = (q * (q < own)).sum(1)
     return own[:, 0], below + own[:, 0]
-
-
-def weight_uniform(logits: np.ndarray, target: int) -> float:
-    """Supervised fine-tuning."""
-    return 1.0
-
-
-def weight_prob(logits: np.ndarray, target: int, power: float = 1.0) -> float:
-    """q(y)^power."""
-    z = np.asarray(logits, np.float64)
-    q = np.exp(z - z.max())
-    return float((q / q.sum())[target] ** power)
-
-
-def weight_mass(logits: np.ndarray, target: int, threshold: float = 0.5) -> float:
-    """1 where the mass of all tokens at most as likely as y reaches the threshold."""
-    return float(mass_rank(logits, target) >= threshold)
 
 
 def weighted_loss(logits, labels, weights, denominator: float):

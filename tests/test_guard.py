@@ -10,7 +10,7 @@ from prift.errors import ModelError, PriftError
 from prift.methods import METHODS, weigher
 from prift.watch import StepGuard
 from prift.weigher import RULES, rule
-from tests import references
+from tests import rule_references
 from tests.test_wherever import FLAGS
 
 STEPS, PEAK, DECAY = 12, 1e-3, 0.1
@@ -31,7 +31,8 @@ def weights_of(lab, count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray
         ids, places = example.input_ids.astype(np.int64), np.flatnonzero(example.label_mask)
         with torch.no_grad():
             logits = model(torch.from_numpy(ids)[None]).logits[0].double().numpy()
-        weights = [references.weight_mass(logits[p - 1], ids[p], THRESHOLD) for p in places]
+        q = rule_references.softmax(logits)
+        weights = [rule_references.weight_mass(q[p - 1], ids[p], THRESHOLD) for p in places]
         found.append((ids, places, np.array(weights)))
     return found
 

@@ -13,6 +13,7 @@ from prift.loss import weighted_loss
 from prift.methods import METHODS, weigher
 from prift.stats import TokenStats, token_stats
 from prift.weigher import RULES, SOURCES
+from tests import references
 from tests.rule_cases import ALL, chosen, naive, pair, random_case, stats_of, weigh
 
 OPTIONS = {
@@ -135,7 +136,7 @@ def test_the_authors_own_weights(real_inputs, kind):
     for ours in SOURCES:
         weights = weigher("prob", ours, {})(stats).numpy()
         for theirs in ("prob", "dft"):
-            np.testing.assert_allclose(weights, golden[f"{kind}_{theirs}"], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(weights, golden[f"{kind}_{theirs}"], rtol=0, atol=1e-6)
     score = golden[f"{kind}_mass_score"].astype(np.float64)
     thresholds = [k.rpartition("_")[2] for k in golden if k.startswith(f"{kind}_mass_weight_")]
     assert len(thresholds) == 3
@@ -147,6 +148,23 @@ def test_the_authors_own_weights(real_inputs, kind):
         assert differ.mean() < 0.002
     own = stats.log_mass_rank.double().exp() - (stats.n_tie - 1) * stats.logprob.double().exp()
     np.testing.assert_allclose(own.numpy(), score, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_the_papers_own_ties_on_real_logits(real_inputs, kind):
+    """Where the paper and its authors' code differ, the paper is followed."""
+    golden = np.load(real_inputs / "golden" / "official_weights.npz")
+    z, targets = torch.tensor(golden["logits"]), golden["targets"].astype(int)
+    if kind == "bf16":
+        z = z.bfloat16().float()
+    stats = token_stats(z, torch.tensor(targets))
+    u = np.array([references.mass_rank(*row) for row in zip(z.numpy(), targets, strict=True)])
+    for threshold in (0.3, 0.5, 0.9):
+        kept = weigher("mass", "prior", {"threshold": str(threshold)})(stats).numpy()
+        sure = np.abs(u - threshold) > 1e-6
+        assert (kept == (u >= threshold))[sure].all() and sure.mean() > 0.99
+    differ = (stats.n_tie > 1).sum().item()
+    assert differ > 100 if kind == "bf16" else differ < 100
 
 
 def test_weights_carry_no_gradient():
