@@ -20,7 +20,6 @@ from prift.models import attention_for, checkpoint_dtype, load_config, locate, w
 from prift.provenance import printable, provenance_in
 from prift.remote import open_root
 from prift.roots import Root
-from prift.stats import EXTENDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +156,8 @@ def command_for(
         model = f"THE_MODEL_OF_{options.prior}"
     cache = re.sub("(?<=://)[^/@]*@", "", options.cache or "CACHE")  # without its credentials
     words = spec.precompute_command(model, cache)
+    from prift.stats import EXTENDED  # here, since torch comes with it
+
     more = ["--statistics", "extended"] if set(names) & set(EXTENDED) else []
     if identity is None:
         return f"{words} {shlex.join(more)}".rstrip()
