@@ -105,7 +105,7 @@ def stored(lab: Lab) -> dict[str, np.ndarray]:
 
 def assert_whole(lab: Lab, tmp_path: Path) -> None:
     """Every sequence once, with the statistics of a run alone; nothing beside the parts."""
-    alone = Lab(tmp_path / "alone", rows=160)
+    alone = Lab(tmp_path / "alone", rows=100)
     alone.precompute()
     found = keys_of(lab)
     assert sorted(found) == sorted(set(found)) == sorted(keys_of(alone))
@@ -116,7 +116,7 @@ def assert_whole(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_two_processes_at_once_score_everything_once(tmp_path):
-    lab = Lab(tmp_path / "lab", rows=160)
+    lab = Lab(tmp_path / "lab", rows=100)
     codes, told = at_once(lab, 2)
     assert codes == [0, 0]
     assert sum(one["scored"] for one in told) == len(keys_of(lab))
@@ -125,7 +125,7 @@ def test_two_processes_at_once_score_everything_once(tmp_path):
 
 def test_eight_processes_two_of_which_are_killed(tmp_path):
     """No row is lost and none is torn; on one machine none is even scored twice and kept."""
-    lab = Lab(tmp_path / "lab", rows=160)
+    lab = Lab(tmp_path / "lab", rows=100)
     codes, _ = at_once(lab, 8, {"0": 1, "5": 2})
     # One that is killed in its n-th window has to get so many.
     assert codes.count(-9) <= 2 and codes.count(0) >= 6
