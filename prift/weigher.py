@@ -146,7 +146,7 @@ class Weigher:
                 found = factor.rule.function(*seen, **factor.arguments).float()
                 weights = weights.to(found.device) * found
             if self.mix:
-                weights = weights.lerp(torch.ones_like(weights), self.mix)
+                weights = (1 - self.mix) * weights + self.mix
             if (self.least, self.most) != (None, None):
                 weights = weights.clamp(self.least, self.most)
             return weights
