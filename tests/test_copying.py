@@ -24,7 +24,7 @@ from prift.copying import copy
 from prift.roots import Root
 publish, copied = Root.publish, []
 def killed(self, prior, file, name):
-    if len(copied) == 3:
+    if len(copied) >= 3:
         os.kill(os.getpid(), signal.SIGKILL)
     copied.append(publish(self, prior, file, name))
 Root.publish = killed
