@@ -19,7 +19,7 @@ from prift.cache import PriorCache
 from prift.identity import PriorIdentity
 from prift.mapped import mapped_arrays
 from prift.stats import CORE
-from prift.writer import CacheWriter
+from prift.store.writer import CacheWriter
 
 IDENTITY = PriorIdentity(
     "benchmark", "benchmark", None, "float32", "float32", "sdpa", None, "hf", 1

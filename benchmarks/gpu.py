@@ -24,9 +24,9 @@ from benchmarks.variants import REFERENCES
 from prift.backends.hf import HFScorer
 from prift.cache import sequence_key
 from prift.identity import PriorIdentity
-from prift.spans import spans_of
-from prift.versions import STATS_VERSION
-from prift.writer import CacheWriter
+from prift.store.spans import spans_of
+from prift.store.versions import STATS_VERSION
+from prift.store.writer import CacheWriter
 
 SHAPES = {
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,

@@ -16,12 +16,12 @@ import torch
 
 from benchmarks.measure import interleaved, machine, resident, table, write
 from prift.dataset import PriorDataset, collate
-from prift.examples import Examples, TextOptions, load_examples
 from prift.forward import LabelTokens, Weighted, install
 from prift.mapped import mapped_arrays
 from prift.methods import weigher
 from prift.models import attention_for, load_config, load_model
-from prift.tokenizers import load_tokenizer
+from prift.text.examples import Examples, TextOptions, load_examples
+from prift.text.tokenizers import load_tokenizer
 from prift.weighing import weigh
 
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 
-from prift import spans
 from prift.backends import hf
-from prift.dataspec import DataSpec
-from prift.examples import Examples, TextOptions
 from prift.methods import weigher
 from prift.models import load_config, locate, vocabulary_size
 from prift.stats import TokenStats
+from prift.store import spans
+from prift.text.dataspec import DataSpec
+from prift.text.examples import Examples, TextOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, DATA = str(ROOT / "data" / "model"), str(ROOT / "data" / "demo" / "train.jsonl")

@@ -22,10 +22,10 @@ from benchmarks.measure import growth
 from benchmarks.variants import REFERENCES, bare, reference
 from prift.backends import hf
 from prift.backends.batches import Batches, Group
-from prift.dataspec import DataSpec
 from prift.precompute import PrecomputeOptions, precompute
 from prift.request import request
-from prift.spans import positions_of
+from prift.store.spans import positions_of
+from prift.text.dataspec import DataSpec
 from tests.toy_tokenizers import byte_level
 
 SHAPE = {

@@ -32,9 +32,9 @@ from benchmarks.stage import drawn
 from benchmarks.steps import VARIANTS, drawn_prior, random_model
 from prift.arguments import training_arguments
 from prift.dataset import PriorDataset, collate
-from prift.examples import Examples, TextOptions, load_examples
 from prift.forward import install
 from prift.methods import METHODS, weigher
+from prift.text.examples import Examples, TextOptions, load_examples
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from prift.weighing import weigh

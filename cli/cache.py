@@ -32,9 +32,9 @@ def ls(cache: str, json_output: bool, debug: bool) -> None:
     Example:
       prift cache ls --cache prior-cache
     """
-    from prift.inventory import Contents
     from prift.progress import progress
-    from prift.remote import open_root
+    from prift.store.inventory import Contents
+    from prift.store.remote import open_root
 
     root = open_root(cache)
     priors = root.priors()
@@ -75,10 +75,10 @@ def info(prior: str | None, cache: str, tokens: int, json_output: bool, debug: b
     Example:
       prift cache info 3f2a --cache prior-cache
     """
-    from prift.histograms import describe
-    from prift.inventory import Contents, choose
     from prift.progress import progress
-    from prift.remote import open_root
+    from prift.store.histograms import describe
+    from prift.store.inventory import Contents, choose
+    from prift.store.remote import open_root
 
     root = open_root(cache)
     (chosen,) = choose(root, [prior] if prior else [], one=True)
@@ -144,12 +144,12 @@ def verify(
     Example:
       prift cache verify --cache prior-cache
     """
-    from prift.inventory import choose
-    from prift.problems import lines
     from prift.progress import progress
-    from prift.remote import open_root
-    from prift.verify import size_of
-    from prift.verify import verify as run
+    from prift.store.inventory import choose
+    from prift.store.problems import lines
+    from prift.store.remote import open_root
+    from prift.store.verify import size_of
+    from prift.store.verify import verify as run
 
     if deep and not (model and options["data"]):
         raise click.UsageError("--deep scores --data again with --model: both are needed")

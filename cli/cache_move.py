@@ -13,7 +13,7 @@ from .options import cache_root, data_options, data_spec
 from .tables import size
 
 if TYPE_CHECKING:
-    from prift.gc import Examined, Use
+    from prift.store.gc import Examined, Use
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -61,8 +61,8 @@ def compact(
     """
     from dataclasses import asdict
 
-    from prift.compact import compact as run
-    from prift.remote import open_root
+    from prift.store.compact import compact as run
+    from prift.store.remote import open_root
 
     root = open_root(cache)
     done = run(root, priors, grace, say=say)
@@ -108,9 +108,9 @@ def copy(source: str, target: str, priors: tuple[str, ...], json_output: bool, d
     """
     from dataclasses import asdict
 
-    from prift.copying import copy as run
     from prift.errors import CacheError
-    from prift.remote import open_root
+    from prift.store.copying import copy as run
+    from prift.store.remote import open_root
 
     here, there = open_root(source), open_root(target)
     done = run(here, there, priors)
@@ -166,8 +166,8 @@ def gc(json_output: bool, debug: bool, **options: Any) -> None:
     Example:
       prift cache gc --cache prior-cache --model Qwen/Qwen2.5-1.5B --data train.jsonl
     """
-    from prift.gc import examine, rewrite, sweep
-    from prift.remote import open_root
+    from prift.store.gc import examine, rewrite, sweep
+    from prift.store.remote import open_root
 
     quiet()
     root = open_root(options["cache"])
@@ -193,7 +193,7 @@ def gc(json_output: bool, debug: bool, **options: Any) -> None:
 def _uses(options: dict[str, Any]) -> "list[Use]":
     """What the options and the --run files list."""
     from prift.errors import OptionError
-    from prift.gc import Use
+    from prift.store.gc import Use
 
     uses = [use for path in options["runs"] for use in _uses_of(path)]
     if options["limit"]:
@@ -212,7 +212,7 @@ def _uses_of(path: str) -> "list[Use]":
     import yaml
 
     from prift.errors import OptionError
-    from prift.gc import Use
+    from prift.store.gc import Use
 
     try:
         with open(path) as file:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from prift.dataspec import DataSpec
+    from prift.text.dataspec import DataSpec
 
 _OPTIONS = [
     click.option(
@@ -101,8 +101,8 @@ def data_options(function: Callable, required: bool = True) -> Callable:
 
 def data_spec(options: dict[str, Any]) -> "DataSpec":
     """The DataSpec that these options describe; takes them out of `options`."""
-    from prift.dataspec import DataSpec
-    from prift.examples import TextOptions
+    from prift.text.dataspec import DataSpec
+    from prift.text.examples import TextOptions
 
     text = {
         name: options.pop(name)

@@ -39,7 +39,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def ls_rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row below `LS` for each summary of prift.inventory."""
+    """A row below `LS` for each summary of prift.store.inventory."""
     return [
         [
             one["prior"],
@@ -99,7 +99,7 @@ def age(time: str | None) -> str:
 
 
 def info_lines(found: dict[str, Any]) -> Iterator[str]:
-    """What `prift cache info` prints of prift.histograms.describe."""
+    """What `prift cache info` prints of prift.store.histograms.describe."""
     yield f"prior {found['prior']}"
     yield from _section("identity", found["identity"] or {"": "cannot be read"})
     for group in found["provenance"]:
@@ -200,7 +200,7 @@ def _bar(share: float) -> str:
 
 
 def verified_lines(found: Any) -> Iterator[str]:
-    """What a prift.problems.Verified looked at and found, in short."""
+    """What a prift.store.problems.Verified looked at and found, in short."""
     for one in found.deep:
         mean, most = one["mean_difference"], one["largest_difference"]
         off = "without bound" if mean is None else f"by {mean:.2g} on average, {most:.2g} at most"

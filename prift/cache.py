@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from prift import parts, spans
 from prift.errors import CacheError, MissingPrior
 from prift.identity import PriorIdentity
-from prift.index import Index, PartIndex
-from prift.remote import open_root
-from prift.roots import IDENTITY, Part, Root
+from prift.store import parts, spans
+from prift.store.index import Index, PartIndex
+from prift.store.remote import open_root
+from prift.store.roots import IDENTITY, Part, Root
 
 _LISTINGS = 5  # of the parts, while others compact them
 _AT_ONCE = 8  # downloads

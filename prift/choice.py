@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prift.cache import PriorCache, list_priors
-from prift.dataspec import DataSpec
 from prift.errors import CacheError
 from prift.identity import PriorIdentity, config_digest, weights_digest
 from prift.models import attention_for, checkpoint_dtype, load_config, locate, weight_files
 from prift.provenance import printable, provenance_in
-from prift.remote import open_root
-from prift.roots import Root
+from prift.store.remote import open_root
+from prift.store.roots import Root
+from prift.text.dataspec import DataSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ import pyarrow as pa
 from prift.cache import PriorCache
 from prift.choice import model_name, open_prior
 from prift.errors import DataError, MissingPrior, OptionError
-from prift.parts import COLUMN_TYPES
 from prift.sequences import Reader, Sequences
+from prift.store.parts import COLUMN_TYPES
 
 if TYPE_CHECKING:
     from datasets import Dataset

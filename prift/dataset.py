@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from prift.examples import Examples
 from prift.mapped import MappedArrays
 from prift.packing import laid_end_to_end
+from prift.text.examples import Examples
 from prift.weighing import DENOMINATORS, kept
 
 

@@ -10,22 +10,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from prift import spans
 from prift.agreement import bound, difference, disagreements
 from prift.backends import hf
 from prift.cache import PriorCache
-from prift.dataspec import DataSpec
 from prift.errors import CacheError, MissingPrior
-from prift.examples import Examples
 from prift.identity import PriorIdentity, config_digest, weights_digest
-from prift.inventory import Contents
 from prift.models import load_config, locate, weight_files
 from prift.plan import Plan
-from prift.problems import Problem, Verified
 from prift.request import Request, request
-from prift.roots import IDENTITY, Root
 from prift.scoring import score_plan
 from prift.stats import CORE, EXTENDED
+from prift.store import spans
+from prift.store.inventory import Contents
+from prift.store.problems import Problem, Verified
+from prift.store.roots import IDENTITY, Root
+from prift.text.dataspec import DataSpec
+from prift.text.examples import Examples
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -23,16 +23,16 @@ import pyarrow.parquet as pq
 from prift import __version__
 from prift.cache import PriorCache
 from prift.choice import choose_for, command_for
-from prift.dataspec import DataSpec
 from prift.errors import OptionError, PriftError
-from prift.examples import Examples
 from prift.identity import PriorIdentity
 from prift.models import load_config, locate
-from prift.newfile import NewFile
-from prift.parts import COLUMN_TYPES
 from prift.progress import progress
-from prift.remote import open_root
 from prift.request import read_prior, request
+from prift.store.newfile import NewFile
+from prift.store.parts import COLUMN_TYPES
+from prift.store.remote import open_root
+from prift.text.dataspec import DataSpec
+from prift.text.examples import Examples
 from prift.weigher import Weigher
 from prift.weighing import weigh
 

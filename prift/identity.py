@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from prift import versions
 from prift.errors import CacheError
 from prift.home import cache_home
+from prift.store import versions
 
 # Fields of a config that say where it came from or how it is run, not what it computes.
 _NOT_NUMBERS = frozenset(
@@ -39,7 +39,7 @@ class PriorIdentity:
     attention      implementation: 'sdpa', 'eager', ...
     quantization   canonical JSON of the quantization config, or None
     backend        'hf' or 'vllm'
-    stats_version  prift.versions.STATS_VERSION
+    stats_version  prift.store.versions.STATS_VERSION
     """
 
     weights: str

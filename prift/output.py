@@ -12,8 +12,8 @@ import yaml
 from safetensors import SafetensorError
 
 from prift.errors import OptionError, PriftError
-from prift.newfile import NewFile
 from prift.ranks import is_rank_zero
+from prift.store.newfile import NewFile
 
 OPTIONS_FILE = "prift.yaml"
 _MAY_CHANGE = {"training", "output", "cache", "full_metrics_steps", "merge", "skip_check"}

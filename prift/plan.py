@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prift import spans
 from prift.cache import PriorCache
-from prift.examples import Examples, Window
 from prift.request import Request, request
+from prift.store import spans
+from prift.text.examples import Examples, Window
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,22 +17,22 @@ from typing import Any
 from prift.backends import Scorer, hf, ray_data
 from prift.background import Consumer, Prefetch
 from prift.cache import PriorCache
-from prift.claims import Claims
-from prift.dataspec import DataSpec
 from prift.errors import OptionError
-from prift.examples import WINDOW_ROWS, Window
 from prift.identity import PriorIdentity
 from prift.models import load_config, locate, weight_files
-from prift.newfile import remove_stale
 from prift.plan import Plan, Planner, lacking
 from prift.progress import progress
 from prift.provenance import provenance
-from prift.report import Report
 from prift.scoring import Storing, score_plan
 from prift.shards import Shard
 from prift.stats import STATISTICS
+from prift.store.claims import Claims
+from prift.store.newfile import remove_stale
+from prift.store.writer import CacheWriter
+from prift.text.dataspec import DataSpec
+from prift.text.examples import WINDOW_ROWS, Window
+from prift.text.report import Report
 from prift.turns import Turns
-from prift.writer import CacheWriter
 
 _AHEAD = 1  # planned windows that wait; one more is being made
 _UNWRITTEN = 512  # scored rows that wait for the writer, so that one long write stops nobody

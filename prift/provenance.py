@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from prift.dataspec import DataSpec
-from prift.tokenizers import template_digest, tokenizer_digest
+from prift.text.dataspec import DataSpec
+from prift.text.tokenizers import template_digest, tokenizer_digest
 
 _PACKAGES = ("prift", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 _KEY = "prift"

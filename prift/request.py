@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prift import spans
 from prift.cache import PriorCache, sequence_key
 from prift.errors import MissingPrior
-from prift.examples import Examples
 from prift.stats import CORE
+from prift.store import spans
+from prift.text.examples import Examples
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prift import spans
 from prift.backends import BadLogits, Scorer, TooLarge
-from prift.claims import Claims
 from prift.errors import ModelError
 from prift.plan import Plan
-from prift.writer import CacheWriter
+from prift.store import spans
+from prift.store.claims import Claims
+from prift.store.writer import CacheWriter
 
 
 class Storing:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from prift import spans
 from prift.cache import PriorCache, sequence_key
 from prift.errors import DataError, OptionError
+from prift.store import spans
 
 _IGNORED = -100  # a label that is none
 

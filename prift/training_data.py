@@ -10,14 +10,14 @@ import numpy as np
 from prift.cache import PriorCache
 from prift.choice import choose_for, command_for
 from prift.dataset import PriorDataset
-from prift.dataspec import DataSpec
 from prift.errors import CacheError, OptionError
-from prift.examples import Examples
 from prift.identity import PriorIdentity
 from prift.mapped import MappedArrays, mapped_arrays
 from prift.models import turns_by_length
-from prift.remote import open_root
 from prift.request import digest, read_prior, request
+from prift.store.remote import open_root
+from prift.text.dataspec import DataSpec
+from prift.text.examples import Examples
 from prift.weigher import Weigher
 from prift.weighing import weigh
 

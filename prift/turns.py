@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prift import spans
 from prift.cache import PriorCache, sequence_key
-from prift.claims import Claims
 from prift.errors import DataError
-from prift.examples import Window
 from prift.plan import Plan
 from prift.request import Request
+from prift.store import spans
+from prift.store.claims import Claims
+from prift.text.examples import Window
 
 
 class Turns:

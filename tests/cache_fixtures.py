@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from prift.cache import PriorCache
 from prift.identity import PriorIdentity
-from prift.writer import CacheWriter
+from prift.store.writer import CacheWriter
 
 CORE = ("logprob", "log_mass_rank", "rank", "n_tie", "entropy")
 IDENTITY = PriorIdentity(

@@ -16,12 +16,12 @@ import torch
 
 from prift.arguments import training_arguments
 from prift.dataset import PriorDataset, collate
-from prift.examples import Examples
 from prift.forward import install
 from prift.heads import body_of
 from prift.methods import METHODS, weigher
 from prift.packing import varlen_attention
 from prift.ranks import is_rank_zero
+from prift.text.examples import Examples
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from prift.weigher import Weigher

@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prift import parts
 from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError
-from prift.index import PartIndex
-from prift.remote import open_root
-from prift.verify import verify
+from prift.store import parts
+from prift.store.index import PartIndex
+from prift.store.remote import open_root
+from prift.store.verify import verify
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY
 from tests.references import token_stats

@@ -25,8 +25,8 @@ import numpy as np
 
 from prift import precompute
 from prift.cache import PriorCache, list_priors
-from prift.roots import digest_of_file
 from prift.stats import CORE
+from prift.store.roots import digest_of_file
 from prift_cli import main
 from tests import cli_fixtures as cli
 

@@ -5,10 +5,10 @@ import random
 from pathlib import Path
 
 from prift.arguments import training_arguments
-from prift.dataspec import DataSpec
-from prift.examples import TextOptions
 from prift.methods import METHODS, weigher
 from prift.precompute import Precomputed, PrecomputeOptions, precompute
+from prift.text.dataspec import DataSpec
+from prift.text.examples import TextOptions
 from prift.train import Trained, train
 from prift.training_data import TrainOptions
 from tests.families import save

@@ -10,8 +10,8 @@ from prift.methods import METHODS, weigher
 from prift.models import load_config, load_model
 from prift.request import request
 from prift.stats import CORE
+from prift.store.writer import CacheWriter
 from prift.training_data import TrainOptions, load_data
-from prift.writer import CacheWriter
 from tests.lab import Lab
 
 DIFFERS = "the model does not say what prior"

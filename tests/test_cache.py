@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prift import spans
 from prift.cache import PriorCache, list_priors, sequence_key
 from prift.errors import CacheError, MissingPrior
-from prift.writer import CacheWriter
+from prift.store import spans
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY, OTHER, key, keys, runs
 
@@ -209,7 +209,7 @@ def test_reading_is_looking_up_the_first_row_that_covers(tmp_path_factory, parts
     stored, rank = [], 0
     for number, rows in enumerate(parts):
         with CacheWriter(root, IDENTITY, {}) as writer, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("prift.writer._ROW_GROUP_TOKENS", group)
+            patch.setattr("prift.store.writer._ROW_GROUP_TOKENS", group)
             for name, tail in rows:
                 runs_ = spans.spans_of(np.array([False, *tail]))
                 ranks = list(range(rank, rank + spans.count(runs_)))

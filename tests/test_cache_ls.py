@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prift import spans
-from prift.histograms import EDGES, describe
-from prift.inventory import Contents, choose
-from prift.remote import open_root
-from prift.writer import CacheWriter
+from prift.store import spans
+from prift.store.histograms import EDGES, describe
+from prift.store.inventory import Contents, choose
+from prift.store.remote import open_root
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests import cli_fixtures as cli
 from tests.cache_fixtures import CORE, IDENTITY, OTHER, key, runs

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from prift.writer import CacheWriter
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests import cli_fixtures as cli
 from tests.cache_fixtures import IDENTITY, key, runs

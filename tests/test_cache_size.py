@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.cache import realistic
 from prift.cache import PriorCache
-from prift.writer import CacheWriter
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY, runs
 

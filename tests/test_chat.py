@@ -2,11 +2,11 @@
 
 import pytest
 
-from prift.chat import Template, render_chat, with_system
-from prift.encode import encode_renderings
 from prift.errors import DataError
-from prift.formats import Chat
-from prift.tokenizers import Codec
+from prift.text.chat import Template, render_chat, with_system
+from prift.text.encode import encode_renderings
+from prift.text.formats import Chat
+from prift.text.tokenizers import Codec
 from tests.toy_tokenizers import CHATML, byte_level, trimming
 
 HI = [

@@ -2,12 +2,12 @@
 
 import pytest
 
-from prift.chat import Template, render_chat
-from prift.encode import encode_renderings
 from prift.errors import DataError
-from prift.formats import Chat, choose_format, read_row
-from prift.rows import read_rows
-from prift.tokenizers import Codec, load_tokenizer
+from prift.text.chat import Template, render_chat
+from prift.text.encode import encode_renderings
+from prift.text.formats import Chat, choose_format, read_row
+from prift.text.rows import read_rows
+from prift.text.tokenizers import Codec, load_tokenizer
 from tests.test_chat import HI, trained_texts
 from tests.toy_tokenizers import CHATML, byte_level
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from prift import versions
 from prift.cache import PriorCache, sequence_key
 from prift.choice import Asked, choose_prior, command_for, open_prior
-from prift.dataspec import DataSpec
 from prift.errors import CacheError, ModelError
 from prift.identity import PriorIdentity, canonical_json
-from prift.writer import CacheWriter
+from prift.store import versions
+from prift.store.writer import CacheWriter
+from prift.text.dataspec import DataSpec
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import IDENTITY, OTHER, runs
 

@@ -14,7 +14,7 @@ import prift
 from prift import attach, look_up, open_prior
 from prift.cache import PriorCache, sequence_key
 from prift.errors import CacheError, DataError, MissingPrior, OptionError
-from prift.writer import CacheWriter
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY, OTHER, runs
 

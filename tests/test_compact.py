@@ -13,22 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prift import compact as compact_module
-from prift import spans
 from prift.cache import PriorCache
-from prift.compact import compact
 from prift.errors import CacheError
-from prift.remote import open_root
-from prift.roots import Root
-from prift.writer import CacheWriter
+from prift.store import compact as compact_module
+from prift.store import spans
+from prift.store.compact import compact
+from prift.store.remote import open_root
+from prift.store.roots import Root
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY, key, keys, runs
 
 FEW = ("logprob", "rank")
 CHILD = """
 import os, signal, sys
-from prift.compact import compact
-from prift.roots import Root
+from prift.store.compact import compact
+from prift.store.roots import Root
 from pathlib import Path
 """
 
@@ -101,7 +101,7 @@ def test_full_parts_stay_and_the_target_cuts(tmp_path):
 
 def test_row_groups_are_made_anew(tmp_path, monkeypatch):
     small(tmp_path, 8)
-    monkeypatch.setattr("prift.writer._ROW_GROUP_TOKENS", 9)
+    monkeypatch.setattr("prift.store.writer._ROW_GROUP_TOKENS", 9)
     compact(Root(tmp_path), grace=0)
     (new,) = fx.parts(tmp_path)
     meta = pq.read_metadata(new)
@@ -218,7 +218,7 @@ def run(code, *arguments):
 
 KILLED = {
     "as the first new part is visible": """
-from prift import compact as module
+from prift.store import compact as module
 merged = module.merged
 def killed(*arguments):
     merged(*arguments)
@@ -231,7 +231,7 @@ Root.publish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
     "in the wait": """
 import time
 time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGKILL)
-from prift import compact as module
+from prift.store import compact as module
 compact = lambda *a, **k: module.compact(*a, **{**k, "grace": 1.0, "wait": time.sleep})
 """,
     "in the middle of deleting": """
@@ -426,7 +426,7 @@ def test_every_request_is_answered_with_the_same_bits(tmp_path_factory, parts, t
 
     before, between = answers(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prift.writer._ROW_GROUP_TOKENS", group)
+        patch.setattr("prift.store.writer._ROW_GROUP_TOKENS", group)
         compact(Root(root), grace=1.0, target=target, wait=lambda _: between.append(answers()))
         assert all(one == before for one in between)
         assert answers() == before

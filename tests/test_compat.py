@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from prift.cache import PriorCache, list_priors, sequence_key
-from prift.parts import COLUMN_TYPES
-from prift.remote import open_root
-from prift.verify import verify
+from prift.store.parts import COLUMN_TYPES
+from prift.store.remote import open_root
+from prift.store.verify import verify
 
 WRITTEN = sorted(p for p in (Path(__file__).parent / "compat").iterdir() if (p / "cache").is_dir())
 

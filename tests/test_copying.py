@@ -8,20 +8,20 @@ import sys
 import pytest
 
 from prift.cache import PriorCache
-from prift.compact import compact
-from prift.copying import copy
 from prift.errors import CacheError
-from prift.remote import open_root
-from prift.roots import Root
-from prift.writer import CacheWriter
+from prift.store.compact import compact
+from prift.store.copying import copy
+from prift.store.remote import open_root
+from prift.store.roots import Root
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import IDENTITY, OTHER, key, keys, runs
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from prift.copying import copy
-from prift.roots import Root
+from prift.store.copying import copy
+from prift.store.roots import Root
 publish, copied = Root.publish, []
 def killed(self, prior, file, name):
     if len(copied) >= 3:
@@ -113,9 +113,9 @@ def test_a_full_disk_shows_nothing_half_written(source, tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from prift.copying import copy
+from prift.store.copying import copy
 from prift.errors import CacheError
-from prift.roots import Root
+from prift.store.roots import Root
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
     copy(Root(Path(sys.argv[1])), Root(Path(sys.argv[2])))
@@ -137,7 +137,7 @@ def test_a_source_that_is_compacted_meanwhile_is_copied_whole(source, tmp_path, 
             compact(Root(source), grace=0)
         return fetch(self, prior, part, folder)
 
-    monkeypatch.setattr("prift.copying._AT_ONCE", 1)
+    monkeypatch.setattr("prift.store.copying._AT_ONCE", 1)
     monkeypatch.setattr(Root, "download", compacted_first)
     (done,) = copy(Root(source), Root(tmp_path / "target"))
     assert (done.parts, done.copied, done.damaged) == (1, 1, [])

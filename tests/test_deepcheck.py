@@ -12,9 +12,9 @@ from prift.agreement import disagreements
 from prift.cache import list_priors
 from prift.deepcheck import deepen
 from prift.errors import CacheError, MissingPrior
-from prift.problems import Verified
-from prift.remote import open_root
-from prift.writer import CacheWriter
+from prift.store.problems import Verified
+from prift.store.remote import open_root
+from prift.store.writer import CacheWriter
 from tests import cli_fixtures as cli
 from tests.lab import Lab
 from tests.refiled import changed, refile, rows_of, values_of

@@ -12,7 +12,7 @@ import pytest
 
 from prift.cache import PriorCache
 from prift.errors import CacheError
-from prift.writer import CacheWriter
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY, files, key, keys, runs
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from prift.encode import Rendering, encode_plain, encode_renderings, encode_tokens, label_spans
 from prift.errors import DataError
-from prift.formats import Plain, Tokens
-from prift.tokenizers import Codec, load_tokenizer
+from prift.text.encode import Rendering, encode_plain, encode_renderings, encode_tokens, label_spans
+from prift.text.formats import Plain, Tokens
+from prift.text.tokenizers import Codec, load_tokenizer
 from tests.toy_tokenizers import byte_level, sentencepiece, trimming
 
 BYTES, TRIMMED, SPM = Codec(byte_level()), Codec(trimming()), Codec(sentencepiece())

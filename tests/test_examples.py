@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prift.errors import DataError, OptionError
-from prift.examples import TextOptions, load_examples
-from prift.tokenizers import load_tokenizer
+from prift.text.examples import TextOptions, load_examples
+from prift.text.tokenizers import load_tokenizer
 from tests.toy_tokenizers import CHATML, byte_level, sentencepiece
 
 QA = [
@@ -197,7 +197,7 @@ def test_a_batch_gives_the_same_examples_as_one_row_after_the_other(tmp_path_fac
 
 def test_importing_loads_nothing_heavy():
     code = (
-        "import sys, prift.examples; "
+        "import sys, prift.text.examples; "
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'jinja2', 'tokenizers')"
         " if m in sys.modules])"
     )

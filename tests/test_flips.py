@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from prift.remote import open_root
-from prift.verify import verify
+from prift.store.remote import open_root
+from prift.store.verify import verify
 from tests import cli_fixtures as cli
 
 

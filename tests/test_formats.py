@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from prift.errors import DataError, OptionError
-from prift.formats import FORMATS, Chat, Plain, Tokens, choose_format, read_row
-from prift.messages import ROLES
-from prift.rows import read_rows
+from prift.text.formats import FORMATS, Chat, Plain, Tokens, choose_format, read_row
+from prift.text.messages import ROLES
+from prift.text.rows import read_rows
 
 
 def read(name, row):

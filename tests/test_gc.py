@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from prift.cache import PriorCache, list_priors
-from prift.compact import compact
-from prift.dataspec import DataSpec
 from prift.errors import CacheError, DataError
-from prift.examples import TextOptions
-from prift.gc import Use, examine, rewrite, sweep
 from prift.models import load_config
-from prift.remote import open_root
 from prift.request import request
-from prift.roots import Root
+from prift.store.compact import compact
+from prift.store.gc import Use, examine, rewrite, sweep
+from prift.store.remote import open_root
+from prift.store.roots import Root
+from prift.text.dataspec import DataSpec
+from prift.text.examples import TextOptions
 from tests import cli_fixtures as cli
 from tests.cache_fixtures import CORE
 
@@ -208,7 +208,7 @@ def test_what_dead_writers_left_goes_and_what_may_be_alive_stays(place, model):
 
 
 def test_in_an_object_store(place, model, s3):
-    from prift.copying import copy
+    from prift.store.copying import copy
 
     copy(Root(place / "cache"), open_root(s3.url()))
     root = open_root(s3.url())

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prift.invariants import broken
 from prift.stats import CORE, STATISTICS, token_stats
+from prift.store.invariants import broken
 from tests import references
 
 

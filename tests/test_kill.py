@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from prift.claims import Claims
-from prift.remote import open_root
+from prift.store.claims import Claims
+from prift.store.remote import open_root
 from tests.cache_fixtures import IDENTITY
 
 

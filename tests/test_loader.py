@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prift.errors import DataError, OptionError
-from prift.examples import TextOptions, load_examples
+from prift.text.examples import TextOptions, load_examples
 from tests.toy_tokenizers import CHATML, byte_level, sentencepiece, trimming
 
 QA = [{"question": "go", "answer": "Beep"}, {"question": "a", "answer": "b"}]

@@ -12,22 +12,22 @@ import pytest
 import transformers as tf
 
 from prift.cache import PriorCache, list_priors
-from prift.claims import Claims
-from prift.parts import check_hash
 from prift.precompute import PrecomputeOptions, precompute
-from prift.process import signature
-from prift.remote import open_root
 from prift.request import request
-from prift.roots import CLAIMS
 from prift.stats import CORE
+from prift.store.claims import Claims
+from prift.store.parts import check_hash
+from prift.store.process import signature
+from prift.store.remote import open_root
+from prift.store.roots import CLAIMS
 from tests.lab import Lab
 
 FORKED = """
 import json, os, signal, sys, traceback
 from pathlib import Path
 from prift import turns
-from prift.dataspec import DataSpec
-from prift.examples import TextOptions
+from prift.text.dataspec import DataSpec
+from prift.text.examples import TextOptions
 from prift.precompute import PrecomputeOptions, precompute
 import prift.precompute as module
 model, data, cache, out = sys.argv[1:5]

@@ -3,7 +3,7 @@
 import pytest
 
 from prift.errors import DataError
-from prift.formats import Chat, choose_format, read_row
+from prift.text.formats import Chat, choose_format, read_row
 
 CALL = {"type": "function", "function": {"name": "area", "arguments": {"side": 3}}}
 

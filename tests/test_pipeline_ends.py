@@ -18,7 +18,7 @@ import torch
 from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError, DataError, ModelError
 from prift.precompute import PrecomputeOptions, precompute
-from prift.writer import PartWriter
+from prift.store.writer import PartWriter
 from tests.families import tiny
 from tests.lab import Lab
 
@@ -104,7 +104,7 @@ def test_a_writer_that_fails_ends_the_run(tmp_path, monkeypatch):
 
 RUN = """
 import json, sys, threading
-from prift.dataspec import DataSpec
+from prift.text.dataspec import DataSpec
 from prift.errors import CacheError
 from prift.precompute import PrecomputeOptions, precompute
 model, data, cache, part_seconds = sys.argv[1:]

@@ -4,16 +4,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prift import spans
 from prift.cache import PriorCache, sequence_key
-from prift.encode import Encoded
-from prift.examples import Examples, Window
-from prift.loader import Store
 from prift.plan import Planner
-from prift.report import Report
 from prift.request import request
-from prift.rows import Row
-from prift.writer import CacheWriter
+from prift.store import spans
+from prift.store.writer import CacheWriter
+from prift.text.encode import Encoded
+from prift.text.examples import Examples, Window
+from prift.text.loader import Store
+from prift.text.report import Report
+from prift.text.rows import Row
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY
 

@@ -156,7 +156,7 @@ def test_nan_names_the_example_and_keeps_what_was_scored(tmp_path):
 KILLED = """
 import os, signal, sys
 import prift_cli
-from prift.writer import PartWriter
+from prift.store.writer import PartWriter
 finish, parts = PartWriter.finish, []
 def killed_behind_the_second(self):
     parts.append(finish(self))

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from prift.newfile import NewFile, remove_stale
-from prift.process import alive, signature
+from prift.store.newfile import NewFile, remove_stale
+from prift.store.process import alive, signature
 
-SAYS = "from prift.process import signature\nprint(signature(), flush=True)\ninput()"
+SAYS = "from prift.store.process import signature\nprint(signature(), flush=True)\ninput()"
 
 
 @pytest.fixture

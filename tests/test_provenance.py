@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prift.dataspec import DataSpec
-from prift.examples import TextOptions
 from prift.precompute import PrecomputeOptions, precompute
 from prift.provenance import last_name, printable, provenance, provenance_in
-from prift.tokenizers import load_tokenizer, template_digest, tokenizer_digest
+from prift.text.dataspec import DataSpec
+from prift.text.examples import TextOptions
+from prift.text.tokenizers import load_tokenizer, template_digest, tokenizer_digest
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import runs
 from tests.lab import Lab

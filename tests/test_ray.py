@@ -133,7 +133,7 @@ def test_a_worker_for_each_device(cluster, workers, gpus, size, each):
 INTERRUPTED = """
 import os
 import prift_cli
-from prift.writer import CacheWriter
+from prift.store.writer import CacheWriter
 add, rows = CacheWriter.add, []
 def interrupted_behind_the_fifth(self, *row):
     add(self, *row)

@@ -13,11 +13,11 @@ import torch
 import transformers as tf
 
 from prift.cache import PriorCache, list_priors
-from prift.dataspec import DataSpec
-from prift.examples import TextOptions
 from prift.precompute import precompute
 from prift.request import request
 from prift.stats import CORE
+from prift.text.dataspec import DataSpec
+from prift.text.examples import TextOptions
 from tests import references
 
 

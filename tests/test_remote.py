@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prift import stores
 from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError, MissingPrior, OptionError
-from prift.remote import open_root
-from prift.roots import Root
-from prift.stores import Store
-from prift.writer import CacheWriter
+from prift.store import stores
+from prift.store.remote import open_root
+from prift.store.roots import Root
+from prift.store.stores import Store
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY, key, keys, runs
 

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from prift import stores
+from prift.store import stores
 from tests import cli_fixtures as cli
 
 SECRET = "wJalrXUtnFEMI-K7MDENG"

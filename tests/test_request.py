@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prift import spans
 from prift.cache import PriorCache, sequence_key
-from prift.encode import Encoded
 from prift.errors import MissingPrior
-from prift.examples import Examples
-from prift.loader import Store
-from prift.report import Report
 from prift.request import Request, read_prior, request
-from prift.rows import Row
-from prift.writer import CacheWriter
+from prift.store import spans
+from prift.store.writer import CacheWriter
+from prift.text.encode import Encoded
+from prift.text.examples import Examples
+from prift.text.loader import Store
+from prift.text.report import Report
+from prift.text.rows import Row
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY, keys, runs
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import rounding
-from prift.examples import Example
 from prift.models import load_model
+from prift.text.examples import Example
 from tests import references
 from tests.test_docs import PAGES
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prift.errors import DataError, OptionError
-from prift.rows import read_rows
+from prift.text.rows import read_rows
 
 
 def rows(data, split=None):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prift import spans
+from prift.store import spans
 from tests.cache_fixtures import runs
 
 MASKS = st.lists(st.booleans(), max_size=12).map(lambda tail: np.array([False, *tail]))

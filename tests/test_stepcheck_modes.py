@@ -17,7 +17,7 @@ from prift.cache import list_priors
 from prift.errors import CacheError
 from prift.lora import with_lora
 from prift.stepcheck import _chosen, _compare, check_start
-from prift.writer import CacheWriter
+from prift.store.writer import CacheWriter
 from tests import cli_fixtures as cli
 from tests.lab import Lab
 from tests.refiled import AGREES, DIFFERS, changed, loaded, rows_of, shifted, values_of

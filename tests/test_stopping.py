@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from prift.errors import CacheError
-from prift.parts import check_hash
+from prift.store.parts import check_hash
 from tests.lab import Lab
 
 ITSELF = """
 import os, sys
 import prift_cli
 from prift.scoring import Storing
-from prift.writer import PartWriter
+from prift.store.writer import PartWriter
 from prift.backends import hf
 number, moment, at = int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
 calls = []

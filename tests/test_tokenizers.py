@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from prift.errors import DataError
-from prift.tokenizers import Codec, load_tokenizer, template_digest, tokenizer_digest
+from prift.text.tokenizers import Codec, load_tokenizer, template_digest, tokenizer_digest
 from tests.toy_tokenizers import byte_level, sentencepiece, trimming
 
 

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from prift.identity import canonical_json
-from prift.problems import Problem, Verified
-from prift.remote import open_root
-from prift.roots import Root
-from prift.verify import verify
-from prift.writer import CacheWriter
+from prift.store.problems import Problem, Verified
+from prift.store.remote import open_root
+from prift.store.roots import Root
+from prift.store.verify import verify
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests import cli_fixtures as cli
 from tests.cache_fixtures import IDENTITY, key, runs

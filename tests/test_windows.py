@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prift import examples as module
 from prift.errors import DataError, OptionError
-from prift.examples import TextOptions, load_examples, load_windows
+from prift.text import examples as module
+from prift.text.examples import TextOptions, load_examples, load_windows
 from tests.toy_tokenizers import byte_level
 
 

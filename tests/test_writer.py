@@ -12,8 +12,8 @@ import pytest
 
 from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError
-from prift.newfile import NewFile
-from prift.writer import CacheWriter
+from prift.store.newfile import NewFile
+from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY, files, key, keys, runs
 

@@ -19,7 +19,7 @@ CHILD = """
 import gc, itertools, resource, sys, time
 import numpy as np
 from prift.errors import CacheError
-from prift.writer import CacheWriter
+from prift.store.writer import CacheWriter
 from tests.cache_fixtures import IDENTITY, runs
 
 def row(number):

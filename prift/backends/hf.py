@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from prift import versions
 from prift.backends import BadLogits, TooLarge
 from prift.backends.batches import Batches, Group
 from prift.backends.bodies import rope_edge, tensor
@@ -32,6 +31,7 @@ from prift.memory import free_memory, is_out_of_memory
 from prift.models import attention_for, checkpoint_dtype, load_model, weight_files
 from prift.placement import place
 from prift.stats import CORE, NotADistribution, TokenStats
+from prift.store import versions
 
 START_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Budget of a batch to begin with, in padded tokens: more makes a device no faster."""

@@ -13,8 +13,8 @@ import numpy as np
 from prift.cache import sequence_key
 from prift.identity import PriorIdentity
 from prift.stats import CORE, EXTENDED
-from prift.versions import STATS_VERSION
-from prift.writer import CacheWriter
+from prift.store.versions import STATS_VERSION
+from prift.store.writer import CacheWriter
 from tests.references import token_stats
 
 _VOCABULARY = 40

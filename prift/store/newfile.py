@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from prift.process import alive, signature
+from prift.store.process import alive, signature
 
 _DAY = 24 * 3600
 

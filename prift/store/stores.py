@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from prift.errors import CacheError, OptionError, first_line
-from prift.newfile import NewFile
+from prift.store.newfile import NewFile
 
 T = TypeVar("T")
 

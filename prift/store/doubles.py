@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prift import spans
 from prift.agreement import difference, over_budget
 from prift.identity import PriorIdentity
-from prift.inventory import Contents
+from prift.store import spans
+from prift.store.inventory import Contents
 
 _COMPARED = ("logprob", "entropy")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prift.errors import DataError
-from prift.examples import Examples, TextOptions, Window, load_examples, load_windows
 from prift.models import context_length, vocabulary_size
-from prift.tokenizers import load_tokenizer
+from prift.text.examples import Examples, TextOptions, Window, load_examples, load_windows
+from prift.text.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)

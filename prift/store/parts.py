@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prift.errors import CacheError
-from prift.roots import digest_in, digest_of_file
+from prift.store.roots import digest_in, digest_of_file
 
 COLUMN_TYPES = {
     "logprob": np.float32,

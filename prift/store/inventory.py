@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from prift import parts
 from prift.errors import CacheError
 from prift.identity import PriorIdentity
-from prift.index import Index, PartIndex
-from prift.roots import IDENTITY, Part, Root
+from prift.store import parts
+from prift.store.index import Index, PartIndex
+from prift.store.roots import IDENTITY, Part, Root
 
 _READERS = 8  # threads: a store answers slowly, but many at once
 _TEXT = 300  # characters of a fact that are shown: facts are what others wrote

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from prift import parts
 from prift.errors import CacheError
-from prift.inventory import Contents
+from prift.store import parts
+from prift.store.inventory import Contents
 
 _NATS = (0.0, 0.01, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, np.inf)
 _RANKS = (1.0, 2.0, 3.0, 6.0, 11.0, 101.0, 1001.0, 10001.0, np.inf)

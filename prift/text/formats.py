@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from prift.errors import DataError, OptionError
-from prift.messages import read_tools, read_turns, text
+from prift.text.messages import read_tools, read_turns, text
 
 
 @dataclass(frozen=True, slots=True)

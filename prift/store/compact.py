@@ -21,15 +21,15 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
-from prift import parts
 from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError
 from prift.identity import PriorIdentity
-from prift.index import Index, PartIndex
-from prift.inventory import choose
-from prift.merging import Merge, merged
 from prift.progress import progress
-from prift.roots import Root
+from prift.store import parts
+from prift.store.index import Index, PartIndex
+from prift.store.inventory import choose
+from prift.store.merging import Merge, merged
+from prift.store.roots import Root
 
 TARGET_TOKENS = 1 << 22
 """Scored positions from which on a part is large enough: as many as the writer puts in one."""

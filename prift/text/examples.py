@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from prift.errors import DataError, OptionError
-from prift.loader import Loader, Store, TextOptions
 from prift.progress import progress
-from prift.report import Report
+from prift.text.loader import Loader, Store, TextOptions
+from prift.text.report import Report
 
 __all__ = ["Example", "Examples", "Report", "TextOptions", "Window", "load_examples"]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from prift.cache import list_priors
 from prift.errors import CacheError
 from prift.identity import PriorIdentity
-from prift.inventory import choose
 from prift.progress import progress
-from prift.remote import RemoteRoot
-from prift.roots import IDENTITY, Part, Root, digest_in
+from prift.store.inventory import choose
+from prift.store.remote import RemoteRoot
+from prift.store.roots import IDENTITY, Part, Root, digest_in
 
 _AT_ONCE = 4  # parts: a store answers slowly
 _LISTINGS = 5  # of the source, while others compact it

@@ -10,9 +10,9 @@ import datetime
 import re
 from dataclasses import dataclass, field
 
-from prift.encode import Rendering
 from prift.errors import DataError
-from prift.formats import Chat
+from prift.text.encode import Rendering
+from prift.text.formats import Chat
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "prift probes the end of this turn"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from prift.errors import CacheError
-from prift.newfile import NewFile
+from prift.store.newfile import NewFile
 
 IDENTITY = "prior.json"
 MAX_IDENTITY = 1 << 16
@@ -30,7 +30,7 @@ CLAIMS = "claims"
 
 
 class OpenPart:
-    """A part that is read where it is, for `prift.parts`: a file with the name of the part's."""
+    """A part that is read where it is, for store.parts: a file with the name of the part's."""
 
     def __init__(self, file: IO[bytes], name: str, where: str):
         self.name, self._where, self._file = name, where, file
@@ -127,7 +127,7 @@ class Root:
         return False
 
     def source(self, prior: str, part: Part) -> "Path | OpenPart":
-        """What `prift.parts` reads a little of the part from; nothing is copied."""
+        """What `prift.store.parts` reads a little of the part from; nothing is copied."""
         return self.parts_folder(prior) / part.name
 
     def content(self, prior: str, part: Part) -> bytes:

@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Callable, Iterable
 
 from prift.errors import CacheError
-from prift.process import alive, signature
-from prift.roots import Root
+from prift.store.process import alive, signature
+from prift.store.roots import Root
 
 _DAY = 24 * 3600
 _LOOK_SECONDS = 0.2

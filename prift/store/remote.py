@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from prift.errors import CacheError
 from prift.home import cache_home
-from prift.newfile import NewFile
-from prift.parts import damaged
-from prift.roots import (
+from prift.store.newfile import NewFile
+from prift.store.parts import damaged
+from prift.store.roots import (
     CLAIMS,
     IDENTITY,
     MAX_IDENTITY,
@@ -29,7 +29,7 @@ from prift.roots import (
     time_in,
     write_whole,
 )
-from prift.stores import Store
+from prift.store.stores import Store
 
 _KEPT_SECONDS = 24 * 3600.0  # copies of parts that are gone: others may still read them
 _AT_ONCE = 16  # small requests

@@ -10,13 +10,13 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
-from prift.doubles import Doubles
 from prift.errors import CacheError
 from prift.identity import PriorIdentity, canonical_json
-from prift.inventory import Contents
-from prift.partcheck import PartCheck
-from prift.problems import Problem, Verified
-from prift.roots import IDENTITY, Root
+from prift.store.doubles import Doubles
+from prift.store.inventory import Contents
+from prift.store.partcheck import PartCheck
+from prift.store.problems import Problem, Verified
+from prift.store.roots import IDENTITY, Root
 
 
 def verify(

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from prift import parts
 from prift.errors import CacheError
 from prift.identity import canonical_json
-from prift.index import Index, PartIndex
-from prift.roots import Root
-from prift.writer import PartWriter
+from prift.store import parts
+from prift.store.index import Index, PartIndex
+from prift.store.roots import Root
+from prift.store.writer import PartWriter
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from prift import invariants, parts, spans
-from prift.doubles import Doubles
 from prift.errors import CacheError
-from prift.problems import Problem, Verified
-from prift.roots import OpenPart, Part, Root, digest_in
+from prift.store import invariants, parts, spans
+from prift.store.doubles import Doubles
+from prift.store.problems import Problem, Verified
+from prift.store.roots import OpenPart, Part, Root, digest_in
 
 CORE = ("logprob", "log_mass_rank", "rank", "n_tie", "entropy")
 _NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{32}\.parquet")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prift.formats import Plain, Tokens
-from prift.tokenizers import Codec
+from prift.text.formats import Plain, Tokens
+from prift.text.tokenizers import Codec
 
 
 @dataclass(frozen=True, slots=True)

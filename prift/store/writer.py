@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prift import spans
 from prift.errors import CacheError
 from prift.identity import PriorIdentity
-from prift.newfile import NewFile
-from prift.parts import COLUMN_TYPES, schema
-from prift.remote import open_root
-from prift.roots import Root
+from prift.store import spans
+from prift.store.newfile import NewFile
+from prift.store.parts import COLUMN_TYPES, schema
+from prift.store.remote import open_root
+from prift.store.roots import Root
 
 _ROW_GROUP_TOKENS = 192 * 1024
 _MAX_PART_TOKENS = 1 << 22

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prift import parts, spans
+from prift.store import parts, spans
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prift.chat import Template, render_chat, with_system
-from prift.encode import Encoded, encode_plain, encode_renderings, encode_tokens
 from prift.errors import DataError, OptionError
-from prift.formats import Chat, Format, Item, Plain, Tokens, choose_format, read_row
-from prift.report import Report, some
-from prift.rows import Row, read_rows
-from prift.tokenizers import Codec
+from prift.text.chat import Template, render_chat, with_system
+from prift.text.encode import Encoded, encode_plain, encode_renderings, encode_tokens
+from prift.text.formats import Chat, Format, Item, Plain, Tokens, choose_format, read_row
+from prift.text.report import Report, some
+from prift.text.rows import Row, read_rows
+from prift.text.tokenizers import Codec
 
 _BATCH = 512  # rows tokenised at once: enough to fill the cores, little enough to keep memory flat
 

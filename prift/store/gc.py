@@ -13,18 +13,18 @@ import numpy as np
 
 from prift.cache import PriorCache, list_priors
 from prift.choice import Asked, is_id
-from prift.compact import alone
-from prift.dataspec import DataSpec
 from prift.errors import CacheError
-from prift.examples import WINDOW_ROWS
 from prift.identity import PriorIdentity, config_digest, weights_digest
-from prift.inventory import Contents
-from prift.merging import merged
 from prift.models import load_config, locate, weight_files
-from prift.newfile import remove_stale
 from prift.progress import progress
 from prift.request import request
-from prift.roots import Root
+from prift.store.compact import alone
+from prift.store.inventory import Contents
+from prift.store.merging import merged
+from prift.store.newfile import remove_stale
+from prift.store.roots import Root
+from prift.text.dataspec import DataSpec
+from prift.text.examples import WINDOW_ROWS
 
 
 @dataclass(frozen=True)
