@@ -89,14 +89,13 @@ def compact(
 @click.argument("target", metavar="DST")
 @click.option(
     "--prior",
-    "priors",
     multiple=True,
     metavar="ID",
     help="Only this one. Repeatable.  [default: all]",
 )
 @json_option
 @debug
-def copy(source: str, target: str, priors: tuple[str, ...], json_output: bool, debug: bool) -> None:
+def copy(source: str, target: str, prior: tuple[str, ...], json_output: bool, debug: bool) -> None:
     """Copy parts from one cache to another: what DST lacks, each verified by its hash.
 
     SRC and DST are folders or URLs. Run it again to go on where it stopped. A damaged part is named
@@ -113,7 +112,7 @@ def copy(source: str, target: str, priors: tuple[str, ...], json_output: bool, d
     from prift.store.remote import open_root
 
     here, there = open_root(source), open_root(target)
-    done = run(here, there, priors)
+    done = run(here, there, prior)
     if json_output:
         found = {"source": here.name, "target": there.name, "priors": [asdict(one) for one in done]}
         click.echo(json.dumps(found))
@@ -137,7 +136,6 @@ def copy(source: str, target: str, priors: tuple[str, ...], json_output: bool, d
 )
 @click.option(
     "--run",
-    "runs",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False),
     metavar="RUN.YAML",
@@ -195,7 +193,7 @@ def _uses(options: dict[str, Any]) -> "list[Use]":
     from prift.errors import OptionError
     from prift.store.gc import Use
 
-    uses = [use for path in options["runs"] for use in _uses_of(path)]
+    uses = [use for path in options["run"] for use in _uses_of(path)]
     if options["limit"]:
         raise OptionError("--limit: rows that are not read would seem unused; leave it out")
     if options["data"] and options["model"]:

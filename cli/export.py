@@ -27,7 +27,6 @@ from .weighting import chosen_weigher, weighting_options
 )
 @click.option(
     "--column",
-    "statistics",
     multiple=True,
     metavar="NAME",
     help="Also write this statistic of the prior, as logprob. Repeatable.",
@@ -41,7 +40,7 @@ from .weighting import chosen_weigher, weighting_options
 @click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
 @common
 @click.pass_context
-def export(ctx: click.Context, json_output: bool, **options: Any) -> None:
+def export(ctx: click.Context, json_output: bool, column: tuple[str, ...], **options: Any) -> None:
     """Write a data set's tokens with a rule's weights, for other trainers to read.
 
     Columns: input_ids, labels (-100 where not trained), weights. Takes the data options of prift
@@ -63,7 +62,7 @@ def export(ctx: click.Context, json_output: bool, **options: Any) -> None:
     quiet()
     spec = data_spec(options)
     del options["config"], options["debug"]
-    result = run(ExportOptions(spec=spec, weigher=chosen, **options), say)
+    result = run(ExportOptions(spec=spec, weigher=chosen, statistics=column, **options), say)
     if json_output:
         click.echo(json.dumps(asdict(result)))
         return

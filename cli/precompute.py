@@ -62,6 +62,14 @@ from .options import attention, data_options, data_spec, dtype_choice
     "[default: where it pays and a compiler is there]",
 )
 @click.option(
+    "--storage",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of log-probability, mass rank and entropy in the cache; float16 takes about half the room "
+    "(docs/cache.md#schema).",
+)
+@click.option(
     "--part-seconds",
     type=click.FloatRange(min=0),
     default=60.0,

@@ -55,6 +55,7 @@ class PrecomputeOptions:
     batch_tokens: int | None = None
     compiled: bool | None = None
     part_seconds: float = 60.0
+    storage: str = "float32"
     trust_remote_code: bool = False
     engine: str = "local"
     ray_workers: int | None = None
@@ -125,7 +126,7 @@ def precompute(
             return scorer, provenance(model, folder, tokenizer, spec, scorer.device_name, how)
 
         started = time.monotonic()
-        _work(plans, turns, planner, load, options.part_seconds, say)
+        _work(plans, turns, planner, load, options, say)
         return Precomputed(
             prior=identity.id,
             folder=str(cache.folder),
@@ -144,7 +145,7 @@ def _work(
     turns: Turns,
     planner: Planner,
     load: Callable[[], tuple[Scorer, dict[str, str]]],
-    part_seconds: float,
+    options: PrecomputeOptions,
     say: Callable[[str], None],
 ) -> None:
     """Scores the plans, and what others leave undone. Where nothing is to be scored, nothing is
@@ -159,7 +160,9 @@ def _work(
             if not plan.last:
                 say(f"prior {cache.identity.id}: scored while the rest of the data is read")
             scorer, facts = load()
-            writer = CacheWriter(cache.root, cache.identity, facts, part_seconds)
+            half = options.storage == "float16"
+            seconds = options.part_seconds
+            writer = CacheWriter(cache.root, cache.identity, facts, seconds, half)
             remove_stale(cache.root.parts_folder(cache.identity.id))
             turns.own = writer.published
             with (

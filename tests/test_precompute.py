@@ -240,3 +240,14 @@ def test_a_bottomless_line_is_named(tmp_path):
     Path(lab.data).write_text('{"a": ' + "[" * 100_000)
     with pytest.raises(DataError, match="data.jsonl:1 is not JSON"):
         lab.precompute()
+
+
+def test_half_the_room_by_storage_float16(tmp_path):
+    lab = Lab(tmp_path, rows=40)
+    lab.precompute(storage="float16")
+    half = stored(lab)
+    whole = Lab(tmp_path / "whole", rows=40)
+    whole.precompute()
+    for name, values in stored(whole).items():
+        kind = np.float16 if values.dtype == np.float32 else values.dtype
+        assert np.array_equal(half[name], values.astype(kind).astype(values.dtype)), name

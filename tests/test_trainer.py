@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from prift.dataset import PriorDataset, collate
 from prift.heads import body_of
 from prift.methods import METHODS, weigher
-from tests import references
+from tests import references, rule_references
 from tests.grids import labels_of, plain
 from tests.lab import Lab
 
@@ -85,10 +85,11 @@ def test_first_step_by_the_naive_definition(lab, method):
     batch, logits = first_batch(lab)
     labels = labels_of(batch)
     weights = torch.zeros(labels.shape, dtype=torch.float64)
-    rule = getattr(references, "weight_" + METHODS[method][0])
+    rule = getattr(rule_references, "weight_" + METHODS[method][0])
     nll = []
     for b, t in (labels != -100).nonzero().tolist():
-        weights[b, t] = rule(logits[b, t - 1].numpy(), int(labels[b, t]))
+        q = rule_references.softmax(logits[b, t - 1].numpy())
+        weights[b, t] = rule(q, int(labels[b, t]))
         truth = references.token_stats(logits[b, t - 1].numpy(), int(labels[b, t]))
         nll.append(-truth["logprob"])
     tokens = len(nll)
