@@ -145,7 +145,9 @@ def two_ranks(folder: Path, method: str, accumulation: int, *more: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("method", ["prift-prob", "prift-mass"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("prift-prob", marks=pytest.mark.slow), "prift-mass"]
+)
 def test_a_rank_with_nothing_to_run_holds_nobody_up(tmp_path, method):
     ours = two_ranks(tmp_path, method, 1)
     assert ours["shapes"][0][1] == [1, 1] and ours["shapes"][1][1][1] > 1

@@ -32,7 +32,7 @@ def test_a_mean_over_sequences_needs_no_weights_beforehand(tmp_path, method):
     assert_equal(ours, method, 2, normalize="sequence")
 
 
-@pytest.mark.parametrize("normalize", ["kept", "weights"])
+@pytest.mark.parametrize("normalize", [pytest.param("kept", marks=pytest.mark.slow), "weights"])
 def test_two_ranks_divide_by_what_both_have(tmp_path, normalize):
     ours = two_ranks(tmp_path, "prift-prob", 1, normalize)
     assert_equal(ours, "prift-prob", 2, ranks=2, normalize=normalize)

@@ -56,7 +56,7 @@ def test_training_on_packed_batches_is_the_naive_training(tmp_path, method, accu
     assert ours["shapes"] == [(1, n) for n in tokens]
 
 
-@pytest.mark.parametrize("method", ["dft", "prift-mass"])
+@pytest.mark.parametrize("method", [pytest.param("dft", marks=pytest.mark.slow), "prift-mass"])
 def test_two_ranks_one_of_which_has_nothing_to_run(tmp_path, method):
     ours = two_ranks(tmp_path, method, 1, "packed")
     assert {height for shapes in ours["shapes"] for height, _ in shapes} == {1}
@@ -197,7 +197,7 @@ LORA = {"lora_r": 4}
         (CHECKPOINTS[1], {}),
         (CHECKPOINTS[0], LORA),
         (CHECKPOINTS[1], LORA),
-        ("--torch_compile_backend eager", {}),
+        pytest.param("--torch_compile_backend eager", {}, marks=pytest.mark.slow),
         ("--dataloader_num_workers 2", {}),
     ],
     ids=["plain", "reentrant", "not", "reentrant-lora", "not-lora", "compiled", "workers"],

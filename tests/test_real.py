@@ -112,6 +112,7 @@ def flat(resident: list[float]) -> bool:
     return max(resident[half:]) <= 1.05 * max(resident[:half])
 
 
+@pytest.mark.slow
 def test_a_slice_of_gsm8k_through_a_vocabulary_of_151936(real_inputs, tmp_path):
     data = real_inputs / "datasets" / "gsm8k_train.jsonl"
     model = qwen_shaped(real_inputs, tmp_path / "model")

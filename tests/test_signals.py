@@ -133,7 +133,11 @@ def test_a_second_ctrl_c_ends_at_once(lab, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "flags"), [([], WORKERS), (LORA, "")], ids=["full-workers", "lora"]
+    ("options", "flags"),
+    [
+        pytest.param([], WORKERS, marks=pytest.mark.slow, id="full-workers"),
+        pytest.param(LORA, "", id="lora"),
+    ],
 )
 def test_a_run_that_is_killed_goes_on(lab, tmp_path, options, flags):
     output, flags = tmp_path / "out", f"{flags} --save_steps 7"
