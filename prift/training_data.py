@@ -156,7 +156,7 @@ def _decoded(
     known = weigher.source == "prior"
     priors = [identity, *([base] if base is not None else [])]
     parts = [part.name for prior in priors for part in place.parts(prior.id)]
-    what = [*names, *([repr(weigher), *(prior.id for prior in priors)] if known else [])]
+    what = [*names, *([weigher.code, *(prior.id for prior in priors)] if known else [])]
     key = digest(asked, what, identity.id, parts)
 
     def read() -> Mapping[str, np.ndarray]:

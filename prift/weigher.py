@@ -126,6 +126,12 @@ class Weigher:
         return max((factor.rule.scope for factor in self.factors), key=SCOPES.index)
 
     @property
+    def code(self) -> str:
+        """What decides its weights, the same text in every process: rules, options, source code."""
+        rules = [[f.rule.name, sorted(f.arguments.items()), _code(f.rule)] for f in self.factors]
+        return repr([rules, self.source, self.mix, self.least, self.most])
+
+    @property
     def signed(self) -> bool:
         """Whether its weights may be negative."""
         negative = self.least is None or self.least < 0
@@ -150,6 +156,13 @@ class Weigher:
             if (self.least, self.most) != (None, None):
                 weights = weights.clamp(self.least, self.most)
             return weights
+
+
+def _code(rule: Rule) -> str:
+    try:
+        return inspect.getsource(rule.function)
+    except (OSError, TypeError):  # made without a file
+        return rule.function.__code__.co_code.hex()
 
 
 RULES: dict[str, Rule] = {}

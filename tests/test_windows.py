@@ -75,7 +75,7 @@ def test_a_window_is_given_before_the_next_is_read(tmp_path):
 def test_windows_go_across_datasets_but_not_over_many_tokens(tmp_path, monkeypatch):
     data = [write(tmp_path, rows_of(7, name), name) for name in "ab"]
     assert [len(w.examples) for w in read(data, 5)] == [5, 5, 4]
-    monkeypatch.setattr(module, "_WINDOW_TOKENS", 20)
+    monkeypatch.setattr(module, "_MOST_TOKENS", 20)
     windows = list(read(data, 5))
     assert joined(windows) == content(load(data))
     assert all(w.examples.num_tokens - w.examples.lengths[-1] < 20 for w in windows)

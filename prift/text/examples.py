@@ -23,7 +23,8 @@ WINDOW_ROWS = 8192
 """Examples of a window: enough to sort them by length into full batches, few enough to hold some
 windows in memory. Fixed, since what is batched together decides the last bits of the results."""
 
-_WINDOW_TOKENS = 1 << 24  # a window of long examples ends here: 80 MB
+_ROW_TOKENS = 2048  # on average at most: a window of longer examples ends earlier, at 80 MB,
+_MOST_TOKENS = 1 << 28  # and one of very many rows at 1.3 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ def load_windows(
     weights = list(data_weights) if data_weights is not None else [1.0] * len(data)
     _check(data, options, context, weights)
     loader, store = Loader(tokenizer, options, context, batch=rows), Store()
-    given = False
+    given, most = False, min(max(rows, WINDOW_ROWS) * _ROW_TOKENS, _MOST_TOKENS)
     for number, (one, weight) in enumerate(zip(data, weights, strict=True)):
         seed = [options.seed, number]
         drawn = None  # all
@@ -174,7 +175,7 @@ def load_windows(
                 if drawn is None or drawn[len(tokens) - 1]:
                     if owns is None or owns(encoded.input_ids):
                         store.add(encoded, row)
-                if len(store) >= rows or len(store.ids) >= _WINDOW_TOKENS:
+                if len(store) >= rows or len(store.ids) >= most:
                     yield Window(Examples(store, np.arange(len(store)), loader.report), False)
                     given = True
                     store = Store()
