@@ -32,7 +32,8 @@ from tests import cli_fixtures as cli
 
 _ROWS = 48  # six windows of eight rows
 _CHAIN = 4  # runs of one cache that are ended before one may finish
-_WRITES = re.compile(r"prift/(newfile|writer|roots|claims|turns|storing|scoring)\.py$")
+_WRITES = ("store/newfile", "store/writer", "store/roots", "store/claims", "turns", "scoring")
+_WRITING = re.compile(rf"/prift/({'|'.join(_WRITES)})\.py$")
 _NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{32}\.parquet")
 _CODES = {"KILL": -signal.SIGKILL, "TERM": 128 + signal.SIGTERM, "INT": 128 + signal.SIGINT}
 
@@ -64,6 +65,7 @@ class Moment:
         self._calls, self._writes, self._number = calls, writes, number
         self._all, self._written = itertools.count(1), itertools.count(1)
         self.seen = [0, 0]
+        self.files: set[str] = set()
 
     def begin(self) -> None:
         threading.setprofile(self._called)
@@ -73,8 +75,9 @@ class Moment:
         if not event.endswith("call"):
             return
         self.seen[0] = count = next(self._all)
-        if writes := _WRITES.search(frame.f_code.co_filename):
+        if writes := _WRITING.search(frame.f_code.co_filename):
             self.seen[1] = written = next(self._written)
+            self.files.add(writes[1])
         if self._writes:
             count = written if writes else -1
         if count == self._calls:
@@ -99,7 +102,7 @@ def run(folder: Path, moment: Moment, seconds: float) -> int:
     try:
         main([str(word) for word in command])
     except SystemExit as end:
-        (folder / "seen.json").write_text(json.dumps(moment.seen))
+        (folder / "seen.json").write_text(json.dumps([moment.seen, sorted(moment.files)]))
         return end.code or 0
     return 98
 
@@ -174,7 +177,8 @@ def torture(folder: Path, kills: int, name: str, seed: int) -> dict[str, int]:
         return code
 
     checked(forked(lambda: run(reference, Moment(None, False), 0.0), log), 0)
-    calls = json.loads((reference / "seen.json").read_text())
+    calls, files = json.loads((reference / "seen.json").read_text())
+    assert set(files) == set(_WRITES), f"no call was seen in {set(_WRITES) - set(files)}"
     done = {"kills": 0, "finished_before": 0, "caches": 0, "resumed": 0}
     while done["kills"] < kills:
         place = prepared(folder / f"run{done['caches']}", reference)
