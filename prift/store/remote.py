@@ -9,6 +9,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from prift.store.roots import (
     Root,
     digest_in,
     digest_of_file,
+    is_claim,
     time_in,
     write_whole,
 )
@@ -45,6 +47,7 @@ class RemoteRoot(Root):
         place = hashlib.sha256(place.encode()).hexdigest()[:16]
         super().__init__(cache_home() / "copies" / place)
         self.name = self._store.name
+        self.given = re.sub("(?<=://)[^/@]*@", "", url)
 
     def priors(self) -> list[str]:
         names = self._folders()
@@ -162,8 +165,8 @@ class RemoteRoot(Root):
         self._store.delete(f"{prior}/{IDENTITY}")
         for part in self.parts(prior):
             self.remove(prior, part.name)
-        for name in self.claims(prior):
-            self.release(prior, name)
+        for info in self._notes(prior):
+            self._store.delete(f"{prior}/{CLAIMS}/{info.base_name}")
 
     def claim(self, prior: str, name: str, owner: str) -> bool:
         """As Root's; of two that ask at the same moment both may get it."""
@@ -183,8 +186,18 @@ class RemoteRoot(Root):
             return None
 
     def claims(self, prior: str) -> dict[str, float]:
-        listed = [info for info in self._store.list(f"{prior}/{CLAIMS}") if info.is_file]
+        listed = [info for info in self._notes(prior) if is_claim(info.base_name)]
         return {i.base_name: i.mtime.timestamp() if i.mtime else time.time() for i in listed}
+
+    def _notes(self, prior: str) -> list[Any]:
+        return [info for info in self._store.list(f"{prior}/{CLAIMS}") if info.is_file]
+
+    def bury(self, prior: str, name: str, owner: str) -> bool:
+        """As Root's; of several that ask at the same moment all may get it."""
+        if self.claimant(prior, name) != owner:
+            return False
+        self.release(prior, name)
+        return True
 
     def release(self, prior: str, name: str) -> None:
         self._store.delete(f"{prior}/{CLAIMS}/{name}")

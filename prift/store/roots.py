@@ -10,8 +10,9 @@ Knows names, bytes and hashes; knows no Parquet.
 import contextlib
 import hashlib
 import os
+import re
 import shutil
-import stat
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,13 +21,17 @@ from typing import IO
 
 from prift.errors import CacheError
 from prift.store.newfile import NewFile
+from prift.store.nolinks import inside, is_file, read_small, refuse
 
 IDENTITY = "prior.json"
 MAX_IDENTITY = 1 << 16
 """Bytes of a prior.json; larger ones are none."""
 _BLOCK = 1 << 23  # bytes copied at once
+_MAX_NOTE = 1 << 10
 CLAIMS = "claims"
 """Folder of notes on who works on what, so that few work on the same. Nothing depends on them."""
+# window.i-of-n, and in the moment of its taking away a number more. Nothing else is deleted there.
+_CLAIM = re.compile(r"[\w-]+\.\d+-of-\d+(\.[0-9a-f]{8})?")
 
 
 class OpenPart:
@@ -58,13 +63,16 @@ class Root:
     """A cache in a folder.
 
     name    what to call it in messages: no credentials
+    given   what names it in a command: `name`, with what a URL says of how to get there
     folder  where its files, or the copies of them, lie on this disk
 
-    Methods take a prior's id. Raise CacheError where a file or the store refuses.
+    Methods take a prior's id. Raise CacheError where a file or the store refuses, and for a prior's
+    folder, or one in it, that is a link.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.name = folder, str(folder)
+        self.given = self.name
 
     def where(self, prior: str, name: str = "") -> str:
         """What to call a prior, or one of its parts, in messages."""
@@ -72,7 +80,7 @@ class Root:
 
     def parts_folder(self, prior: str) -> Path:
         """Where its parts, or the copies of them, lie on this disk; new ones are begun there."""
-        return self.folder / prior / "parts"
+        return inside(self.folder, prior, "parts")
 
     def priors(self) -> list[str]:
         """Ids of all priors, ascending; an absent root holds none."""
@@ -91,12 +99,9 @@ class Root:
     def identity(self, prior: str, fresh: bool = False) -> str:
         """The text of its prior.json, with `fresh` whatever a copy says. Raises CacheError where
         there is none."""
-        file = self.folder / prior / IDENTITY
+        file = inside(self.folder, prior) / IDENTITY
         try:
-            # No link is followed, and nothing waits for a pipe: a cache is data from others.
-            handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with open(handle, "rb") as opened:
-                data = opened.read(MAX_IDENTITY + 1)
+            data = read_small(file, MAX_IDENTITY + 1)
             if len(data) > MAX_IDENTITY:
                 raise CacheError(f"{file} is no prior's identity: it is too large")
             return data.decode()
@@ -109,11 +114,8 @@ class Root:
         for path in sorted(self.parts_folder(prior).glob("[!.]*.parquet")):
             with contextlib.suppress(FileNotFoundError):  # taken away just now
                 status = path.lstat()
-                if not stat.S_ISREG(status.st_mode):
-                    raise CacheError(
-                        f"{path} is not a file of its own: prift follows no links out of a cache. "
-                        "Put a copy in its place, or delete it."
-                    )
+                if not is_file(status):
+                    refuse(path)
                 found.append(Part(path.name, status.st_size, status.st_mtime))
         return found
 
@@ -200,16 +202,18 @@ class Root:
     def claimant(self, prior: str, name: str) -> str | None:
         """Who left the note; "" while it is being written, None where there is none."""
         try:
-            return self._note(prior, name).read_text(encoding="utf-8", errors="replace")
+            return read_small(self._note(prior, name), _MAX_NOTE).decode(errors="replace")
         except OSError:
             return None
 
     def claims(self, prior: str) -> dict[str, float]:
         """All notes: their names, and when they were written (Unix seconds)."""
         found = {}
-        for path in (self.folder / prior / CLAIMS).glob("*"):
+        for path in inside(self.folder, prior, CLAIMS).glob("*"):
             with contextlib.suppress(OSError):
-                found[path.name] = path.stat().st_mtime
+                status = path.lstat()
+                if is_claim(path.name) and is_file(status):
+                    found[path.name] = status.st_mtime
         return found
 
     def release(self, prior: str, name: str) -> None:
@@ -220,14 +224,39 @@ class Root:
             note.parent.rmdir()
             note.parent.parent.rmdir()
 
+    def bury(self, prior: str, name: str, owner: str) -> bool:
+        """Takes away the note of an owner who is dead; False where another has it by now. Raises
+        OSError."""
+        note = self._note(prior, name)
+        # Of several that find it at once one has it under a name of its own, and looks again.
+        aside = note.with_name(f"{name}.{uuid.uuid4().hex[:8]}")
+        try:
+            os.rename(note, aside)
+        except FileNotFoundError:
+            return False
+        found = read_small(aside, _MAX_NOTE).decode(errors="replace")
+        if found != owner:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, note)
+        aside.unlink(missing_ok=True)
+        return found == owner
+
     def _note(self, prior: str, name: str) -> Path:
-        return self.folder / prior / CLAIMS / name
+        if not is_claim(name):
+            raise CacheError(f"{name!r} is not the name of a claim")
+        return inside(self.folder, prior, CLAIMS) / name
 
     def remove_prior(self, prior: str) -> None:
         """Takes a prior away, prior.json first: a reader that comes now finds none. Raises
         OSError."""
-        (self.folder / prior / IDENTITY).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / prior)
+        folder = inside(self.folder, prior)
+        (folder / IDENTITY).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def is_claim(name: str) -> bool:
+    """Whether a file of this name in a prior's claims is one."""
+    return bool(_CLAIM.fullmatch(name))
 
 
 def digest_in(name: str) -> str:
