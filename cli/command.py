@@ -73,7 +73,8 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
     if not isinstance(values, dict):
         raise click.ClickException(f"--config {path}: wanted a mapping of options to values")
     values = {str(k).replace("-", "_"): v for k, v in values.items() if v is not None}
-    known = {p.name: p for p in ctx.command.params if p.name not in ("config", "training_flags")}
+    apart = ("config", "training_flags", "allow_import")  # a file does not allow itself anything
+    known = {p.name: p for p in ctx.command.params if p.name not in apart}
     if TRAINING in ctx.command.config_keys:
         ctx.obj = values.pop(TRAINING, {})
     unknown = sorted(set(values) - set(known))
@@ -102,7 +103,7 @@ def _as_typed(value: Any, option: click.Parameter, place: str) -> Any:
 
 def resolved(ctx: click.Context) -> dict[str, Any]:
     """All options that have a value, by name: itself a valid --config."""
-    skip = {"config", "debug", "json_output", "training_flags", "resume"}
+    skip = {"config", "debug", "json_output", "training_flags", "resume", "allow_import"}
     given = {k: v for k, v in ctx.params.items() if k not in skip}
     values = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -66,8 +66,8 @@ from .options import attention, data_options, data_spec, dtype_choice
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="Of log-probability, mass rank and entropy in the cache; float16 takes about half the room "
-    "(docs/cache.md#schema).",
+    help="Of log-probability, mass rank and entropy in the cache; float16 takes about half the "
+    "room (docs/cache.md#schema).",
 )
 @click.option(
     "--part-seconds",

@@ -34,7 +34,7 @@ from prift.store.remote import open_root
 from prift.text.dataspec import DataSpec
 from prift.text.examples import Examples
 from prift.weigher import Weigher
-from prift.weighing import weigh
+from prift.weighing import check_weights, weigh
 
 _ROWS = 1000  # of a row group, or written at once
 _LOWEST = float(np.finfo(np.float32).min)  # JSON has no infinity
@@ -90,6 +90,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     cache = PriorCache(open_root(options.cache), identity)
     prior = read_prior(cache, examples, request(examples), names, command)
     weights = weigh(options.weigher, examples.label_counts, prior)
+    check_weights(options.weigher, weights, examples)
     values = {"weights": weights, **{name: prior[name] for name in options.statistics}}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -64,10 +64,34 @@ def weigher(
             f"rule {name} may give negative weights, which push tokens away. Where that is meant, "
             "add --allow-negative; or bound them with --min-weight 0."
         )
-    none = torch.zeros(0)  # values out of range fail now
-    bound(*(TokenStats(**{n: none for n in bound.needs}), none.long()),
-          base=TokenStats(**{n: none for n in bound.base}))  # fmt: skip
+    _try(bound)
     return bound
+
+
+def _try(bound: Weigher) -> None:
+    """Values out of range, and rules that do not work, fail now. Raises OptionError."""
+    tokens = {
+        "logprob": torch.tensor([-0.1, -1.0, -2.0, -5.0]),
+        "log_mass_rank": torch.tensor([0.0, -0.8, -1.0, -4.0]),
+        "rank": torch.tensor([1, 2, 3, 50], dtype=torch.int32),
+        "n_tie": torch.tensor([1, 1, 2, 1], dtype=torch.int32),
+        "entropy": torch.tensor([0.4, 1.5, 2.0, 3.0]),
+        "collision": torch.tensor([0.8, 0.3, 0.2, 0.1]),
+        "expected_rank": torch.tensor([1.2, 3.0, 6.0, 80.0]),
+        "entropy_top20": torch.tensor([0.4, 1.4, 1.9, 2.6]),
+    }
+    stats, base = (
+        TokenStats(**{n: tokens[n] for n in names}) for names in (bound.needs, bound.base)
+    )
+    try:
+        weights = bound(stats, torch.tensor([0, 0, 1, 1]), base)
+        weights.expand(4)
+    except OptionError:
+        raise
+    except Exception as error:  # a rule may be anybody's code
+        raise OptionError(
+            f"rule {bound.name} fails on four ordinary tokens: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _rule(name: str) -> Rule:
@@ -83,7 +107,7 @@ def _imported(module: str, function: str) -> Rule:
     """A rule of the caller's own code."""
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise OptionError(
             f"--rule {module}:{function} cannot be imported: {error}. Python looks for it in what "
             "is installed, and in the folders that PYTHONPATH names: PYTHONPATH=. prift train ..."
@@ -138,6 +162,6 @@ def _parse(rule_name: str, key: str, text: str, kind: Any) -> Any:
     else:
         try:
             return kind(text)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             wanted = f"a {kind.__name__}"
     raise OptionError(f"rule {rule_name}: {key}={text} is not {wanted}.")

@@ -79,7 +79,8 @@ def check_start(
 
 def _is_prior(folder: Path, prior: PriorIdentity | None, options: TrainOptions) -> bool:
     """Whether the rule reads statistics of the very model in `folder`."""
-    if options.weigher.source != "prior" or prior is None or prior.adapter is not None:
+    reads = options.weigher.source == "prior" or options.weigher.base
+    if not reads or prior is None or prior.adapter is not None:
         return False
     if options.prior is None:
         return True  # it was chosen by the digests of this model

@@ -47,7 +47,7 @@ class PriftTrainer(transformers.Trainer):
     ):
         super().__init__(*args, compute_metrics=_summarise, **kwargs)
         self.model_accepts_loss_kwargs = True  # count label tokens over the whole optimiser step
-        self._full_every = full_metrics_steps or int(self.args.logging_steps) or 1
+        self._full_every = full_metrics_steps
         self._skips_rows = skips_rows
         self._collate = self.data_collator
         self._measured_step = -1
@@ -123,7 +123,8 @@ class PriftTrainer(transformers.Trainer):
     def _wants_full_metrics(self) -> bool:
         """True for the first micro-batch of every step whose metrics cover all label tokens."""
         step = self.state.global_step + 1
-        if step == self._measured_step or not (step == 1 or step % self._full_every == 0):
+        every = self._full_every or self.state.logging_steps or 1
+        if step == self._measured_step or not (step == 1 or step % every == 0):
             return False
         self._measured_step = step
         return True

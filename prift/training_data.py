@@ -19,7 +19,7 @@ from prift.store.remote import open_root
 from prift.text.dataspec import DataSpec
 from prift.text.examples import Examples
 from prift.weigher import Weigher
-from prift.weighing import weigh
+from prift.weighing import check_weights, weigh
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def load_data(
     something; for other rules the cache only adds the metric drift, and what lacks is said.
     """
     weigher = options.weigher
-    if weigher.source == "online" and options.normalize in ("kept", "weights"):
+    if weigher.source != "prior" and options.normalize in ("kept", "weights"):
         raise OptionError(
             f"--normalize {options.normalize} wants the weights before the step: --source prior."
         )
@@ -112,7 +112,8 @@ def load_data(
         if identity is not None:
             command = command_for(options, spec, identity, folder, config, names)
             try:
-                prior = _decoded(options, identity, examples, names, command, base)
+                where = (options, spec, folder, config)
+                prior = _decoded(where, identity, examples, names, command, base)
             except CacheError as error:
                 if needed:
                     raise
@@ -141,7 +142,7 @@ def _base(options: TrainOptions, folder: Path, config: Any) -> PriorIdentity | N
 
 
 def _decoded(
-    options: TrainOptions,
+    where: tuple[TrainOptions, DataSpec, Path, Any],
     identity: PriorIdentity,
     examples: Examples,
     names: list[str],
@@ -151,6 +152,7 @@ def _decoded(
     """What training reads of the prior for all label tokens: statistics, or the logprob and the
     weights where the rule's source is the prior. In files that all processes of the machine map;
     one of them reads the cache, whose index is gone once it has."""
+    options, spec, folder, config = where
     asked, weigher = request(examples), options.weigher
     place = open_root(options.cache or "")
     known = weigher.source == "prior"
@@ -165,8 +167,11 @@ def _decoded(
             return found
         other = None
         if base is not None:
-            other = read_prior(PriorCache(place, base), examples, asked, weigher.base, command)
+            second = replace(options, prior=options.base_prior)
+            adds = command_for(second, spec, base, folder, config, weigher.base)
+            other = read_prior(PriorCache(place, base), examples, asked, weigher.base, adds)
         weights = weigh(weigher, examples.label_counts, found, other)
+        check_weights(weigher, weights, examples)
         return {"logprob": found["logprob"], "weights": weights}
 
     return mapped_arrays(key, read)

@@ -57,6 +57,8 @@ class Rule:
             raise OptionError(
                 f"rule {self.name} has the scope {self.scope!r}. There are: {', '.join(SCOPES)}."
             )
+        if self.base and not self.needs:
+            raise OptionError(f"rule {self.name} compares with a base and reads nothing else.")
         odd = [n for n in self.given() if n not in given]
         odd += [n for n, p in self.options().items() if p.default is p.empty]
         if odd:
@@ -145,12 +147,16 @@ class Weigher:
     ) -> Tensor:
         """Detached float32 weights [N], or a scalar where every token weighs the same. See Rule."""
         given = {"stats": stats, "base": base, "sequence_N": sequence_N}
-        weights = torch.ones(())
+        present = [getattr(stats, name) for name in stats.names()]
+        device = present[0].device if present else None
+        if present and not len(present[0]):
+            return torch.zeros(0, device=device)  # a micro-batch without a label token
+        weights = torch.ones((), device=device)
         with torch.no_grad():
             for factor in self.factors:
                 seen = [given[name] for name in factor.rule.given()]
                 found = factor.rule.function(*seen, **factor.arguments).float()
-                weights = weights.to(found.device) * found
+                weights = weights * (found.to(device) if device else found)
             if self.mix:
                 weights = (1 - self.mix) * weights + self.mix
             if (self.least, self.most) != (None, None):

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from prift.errors import PriftError
 from prift.stats import TokenStats
+from prift.text.examples import Examples
 from prift.weigher import Weigher
 
 _CHUNK = 8192  # sequences weighed at once
@@ -41,6 +43,26 @@ def weigh(
         found = weigher(stats, sequence, _stats(base or {}, weigher.base, own))
         weights[own] = found.expand(own.stop - own.start).numpy()
     return weights
+
+
+def check_weights(weigher: Weigher, weights: np.ndarray, examples: Examples) -> None:
+    """Raises PriftError naming the first token whose weight is NaN, infinite, or negative under a
+    rule that never is."""
+    bad = ~np.isfinite(weights)
+    if not weigher.signed:
+        bad |= weights < 0
+    found = np.flatnonzero(bad)
+    if not len(found):
+        return
+    ends = np.cumsum(examples.label_counts)
+    index = int(np.searchsorted(ends, found[0], "right"))
+    within = int(found[0] - ends[index] + examples.label_counts[index])
+    place = int(np.flatnonzero(examples[index].label_mask)[within])
+    wanted = "finite" if weigher.signed else "finite, 0 or more"
+    raise PriftError(
+        f"rule {weigher.name} weighs token {place} of {examples.where(index)} "
+        f"{float(weights[found[0]])}; wanted {wanted}. --max-weight bounds what grows too large."
+    )
 
 
 def _stats(values: Mapping[str, np.ndarray], names: tuple[str, ...], own: slice) -> TokenStats:

@@ -34,6 +34,7 @@ LAYERS = {
         "text.report",
         "store.process",
         "store.newfile",
+        "store.nolinks",
         "store.roots",
         "store.stores",
         "mapped",
@@ -62,7 +63,6 @@ LAYERS = {
         "rules",
         "comparing",
         "methods",
-        "weighing",
     },
     # the cache and the text, put together of their parts
     2: {
@@ -83,7 +83,7 @@ LAYERS = {
     | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
-    | {"provenance", "choice", "sequences", "columns", "dataset", "trainer"}
+    | {"provenance", "choice", "sequences", "columns", "weighing", "dataset", "trainer"}
     | {
         "store.inventory",
         "store.histograms",
@@ -119,6 +119,7 @@ CACHE = {
     "store.spans",
     "store.parts",
     "store.newfile",
+    "store.nolinks",
     "cache",
     "store.writer",
 }

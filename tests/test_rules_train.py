@@ -111,3 +111,5 @@ def test_a_config_file_does_not_run_code_unasked(lab, tmp_path):
     cli.refused(train(lab, tmp_path / "out", *words), "some.module:rule", "--allow-import")
     allowed = train(lab, tmp_path / "out", *words, "--allow-import")
     cli.refused(allowed, "cannot be imported")
+    config.write_text("rule: some.module:rule\nsource: prior\nallow_import: true\n")
+    cli.refused(train(lab, tmp_path / "out", *words), "unknown key 'allow_import'")
