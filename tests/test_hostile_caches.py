@@ -11,6 +11,8 @@ import pytest
 
 from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError
+from prift.store.claims import Claims
+from prift.store.remote import open_root
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import IDENTITY, runs, table
 from tests.fuzz import varint
@@ -35,6 +37,65 @@ def test_a_part_that_is_a_link_is_refused(part, tmp_path):
     for use in (fx.read, fx.missing):
         with pytest.raises(CacheError, match=f"{part.name} is not a file of its own.*no links"):
             use(tmp_path / "cache", WANTED)
+
+
+@pytest.mark.parametrize("name", ["claims", "parts", ""])
+def test_a_folder_that_is_a_link_is_refused(part, tmp_path, name):
+    root, prior = open_root(tmp_path / "cache"), IDENTITY.id
+    folder, outside = part.parents[1] / name, tmp_path / "outside"
+    assert name != "claims" or root.claim(prior, "w.0-of-1", "x")
+    shutil.move(folder, outside)
+    folder.symlink_to(outside)
+    (outside / "claims").mkdir(exist_ok=True)
+    for place in (outside, outside / "claims"):
+        for kept in ("precious", "old.0-of-1"):
+            (place / kept).write_text("x")
+            os.utime(place / kept, (1, 1))
+    before = sorted(outside.rglob("*"))
+    uses = [lambda: root.remove_prior(prior)] if name == "" else []
+    if name != "parts":
+        uses += [
+            Claims(root, prior).company,
+            lambda: root.claims(prior),
+            lambda: root.claim(prior, "v.0-of-1", "x"),
+            lambda: root.release(prior, "old.0-of-1"),
+            lambda: root.bury(prior, "old.0-of-1", "x"),
+        ]
+    if name != "claims":
+        uses += [lambda: root.parts(prior), lambda: root.remove(prior, part.name)]
+    if name == "":
+        uses += [lambda: list_priors(root)]
+    for use in uses:
+        with pytest.raises(CacheError, match="is not a folder of its own.*no links"):
+            use()
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_what_is_no_claim_is_not_deleted(part, tmp_path):
+    root, claims = open_root(tmp_path / "cache"), part.parents[1] / "claims"
+    claims.mkdir()
+    others = ("precious", ".hidden", "old.0-of", "a.b.0-of-1", "old.0-of-1")
+    for name in others:
+        (claims / name).write_text("x")
+        os.utime(claims / name, (1, 1))
+    (claims / "link.0-of-1").symlink_to(part)
+    os.utime(claims / "link.0-of-1", (1, 1), follow_symlinks=False)
+    assert Claims(root, IDENTITY.id).company()  # which takes away what is a day old
+    assert {p.name for p in claims.iterdir()} == {*others[:-1], "link.0-of-1"}
+    for name in ("precious", "../prior.json", "../parts/x.0-of-1"):
+        with pytest.raises(CacheError, match="not the name of a claim"):
+            root.release(IDENTITY.id, name)
+
+
+def test_a_claim_that_is_a_link_or_a_pipe_says_nothing(part, tmp_path):
+    root, claims = open_root(tmp_path / "cache"), part.parents[1] / "claims"
+    claims.mkdir()
+    (claims / "link.0-of-1").symlink_to("/dev/zero")
+    os.mkfifo(claims / "pipe.0-of-1")
+    assert root.claimant(IDENTITY.id, "link.0-of-1") is None
+    assert root.claimant(IDENTITY.id, "pipe.0-of-1") == ""
+    begun = Claims(root, IDENTITY.id)
+    assert not begun.take("link")
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])

@@ -63,6 +63,7 @@ LAYERS = {
         "rules",
         "comparing",
         "methods",
+        "weighing",
     },
     # the cache and the text, put together of their parts
     2: {
@@ -83,7 +84,7 @@ LAYERS = {
     | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
-    | {"provenance", "choice", "sequences", "columns", "weighing", "dataset", "trainer"}
+    | {"provenance", "choice", "sequences", "columns", "dataset", "trainer"}
     | {
         "store.inventory",
         "store.histograms",

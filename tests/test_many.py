@@ -281,6 +281,25 @@ def test_claims_in_an_object_store(s3, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("another machine's/**/*.parquet"))
 
 
+def test_of_two_that_find_a_dead_claimant_one_takes_its_claim(tmp_path, monkeypatch):
+    """The other takes it in the moment between the look at the note and what follows."""
+    root = open_root(tmp_path)
+    machine, pid, started = signature().rsplit("-", 2)
+    assert root.claim("p", "w.0-of-1", f"{machine}-{pid}-{int(started) - 1} killed")
+    with Claims(root, "p") as one, Claims(root, "p") as other:
+        look, taken = one._lives, []
+
+        def slowly(*args):
+            found = look(*args)
+            taken.append(other.take("w"))
+            return found
+
+        monkeypatch.setattr(one, "_lives", slowly)
+        assert not one.take("w") and taken == [True]
+        assert root.claimant("p", "w.0-of-1") == other._me
+        assert list(root.claims("p")) == ["w.0-of-1"]
+
+
 def test_processes_with_other_shares_do_not_meet(tmp_path):
     root = open_root(tmp_path)
     with Claims(root, "p", "0/4") as one, Claims(root, "p", "1/4") as other:

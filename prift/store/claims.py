@@ -45,11 +45,13 @@ class Claims:
         name = self._name(window)
         try:
             if not self._root.claim(self._prior, name, self._me):
-                if self._lives(name) is not False:
+                claimant = self._root.claimant(self._prior, name)
+                if self._lives(name, claimant) is not False:
                     return False
-                self._root.release(self._prior, name)
-                if not self._root.claim(self._prior, name, self._me):
+                if not self._root.bury(self._prior, name, claimant or ""):
                     return False  # another was faster
+                if not self._root.claim(self._prior, name, self._me):
+                    return False  # and so here
         except OSError as error:
             raise CacheError(
                 f"cannot write to the cache {self._root.where(self._prior)}: "
@@ -81,15 +83,16 @@ class Claims:
         """Until the window is free, or its claimant is dead or of another machine, about which
         nothing is known; ten minutes at most."""
         name, begun = self._name(window), time.monotonic()
-        while self._lives(name) and time.monotonic() - begun < _PATIENCE:
+        while time.monotonic() - begun < _PATIENCE:
+            if not self._lives(name, self._root.claimant(self._prior, name)):
+                return
             if say is not None:
                 say(f"waiting for what process {self._pid(name)} of this machine has in work")
                 say = None
             time.sleep(_LOOK_SECONDS)
 
-    def _lives(self, name: str) -> bool | None:
+    def _lives(self, name: str, claimant: str | None) -> bool | None:
         """Whether the claimant does; None where it is not of this machine, or there is none."""
-        claimant = self._root.claimant(self._prior, name)
         if claimant == "":  # it is about to sign, or was killed just before
             written = self._root.claims(self._prior).get(name, 0)
             return time.time() - written < _UNSIGNED_SECONDS

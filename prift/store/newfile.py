@@ -73,5 +73,5 @@ def remove_stale(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
             lives = alive(path.name[1:-4].rpartition("-")[0])
-            if lives is False or (lives is None and time.time() - path.stat().st_mtime > _DAY):
+            if lives is False or (lives is None and time.time() - path.lstat().st_mtime > _DAY):
                 path.unlink()
