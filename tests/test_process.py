@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from prift.store import process as module
 from prift.store.newfile import NewFile, remove_stale
 from prift.store.process import alive, signature
 
@@ -46,6 +47,26 @@ def test_of_other_machines_nothing_is_known():
     assert alive("elsewhere.f00-1-5") is None
     for odd in ("", "-", "a-b", "a-b-c", signature().rpartition("-")[0], f"{signature()}-x"):
         assert alive(odd) is None
+
+
+def test_another_machine_of_the_same_name_is_another(tmp_path, monkeypatch, other):
+    """All machines' first namespace of process ids has the same number."""
+    process, name = other
+    process.kill()
+    process.wait()
+    assert alive(name) is False
+    boot = tmp_path / "boot_id"
+    boot.write_text("01234567-89ab-cdef-0123-456789abcdef\n")
+    monkeypatch.setattr(module, "_BOOT", str(boot))
+    module._machine.cache_clear()
+    try:
+        assert alive(name) is None
+        assert alive(signature()) is True
+        monkeypatch.setattr(module, "_BOOT", str(tmp_path / "none"))
+        module._machine.cache_clear()
+        assert alive(signature()) is True
+    finally:
+        module._machine.cache_clear()
 
 
 def test_what_dead_writers_began_is_removed_and_what_live_ones_began_never(tmp_path, other):

@@ -1,16 +1,20 @@
 """Names for processes that others can tell alive from dead, where they run on the same machine."""
 
+import contextlib
 import functools
 import os
 import socket
 from pathlib import Path
 
+_BOOT = "/proc/sys/kernel/random/boot_id"  # another one after each start of each machine
+
 
 def signature(pid: int | None = None) -> str:
     """<machine>-<process id>-<when it started>; of this process by default.
 
-    The machine is its host name and, in Linux, the namespace of process ids: containers that
-    share a host name do not see each other's processes.
+    The machine is its host name and, in Linux, its boot and the namespace of process ids. Machines
+    may share a host name, and all have the same first namespace; containers may share both others
+    and do not see each other's processes.
     """
     pid = os.getpid() if pid is None else pid
     return f"{_machine()}-{pid}-{_started(pid) or 0}"
@@ -36,10 +40,11 @@ def alive(name: str) -> bool | None:
 
 @functools.cache
 def _machine() -> str:
-    try:
-        return f"{socket.gethostname()}.{os.stat('/proc/self/ns/pid').st_ino:x}"
-    except OSError:  # no Linux
-        return socket.gethostname()
+    found = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # no Linux
+        found.append(f"{os.stat('/proc/self/ns/pid').st_ino:x}")
+        found.append(Path(_BOOT).read_text().strip().replace("-", "")[:12])
+    return ".".join(found)
 
 
 def _started(pid: int) -> int | None:
