@@ -63,7 +63,6 @@ LAYERS = {
         "rules",
         "comparing",
         "methods",
-        "weighing",
     },
     # the cache and the text, put together of their parts
     2: {
@@ -84,7 +83,7 @@ LAYERS = {
     | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
-    | {"provenance", "choice", "sequences", "columns", "dataset", "trainer"}
+    | {"provenance", "choice", "sequences", "columns", "weighing", "dataset", "trainer"}
     | {
         "store.inventory",
         "store.histograms",
