@@ -157,8 +157,9 @@ class Consumer(_Beside, Generic[T]):
         consumer.put(item)
 
     An exception of `handle` is raised by the next `put`, or on leaving; what was put behind its
-    item is dropped. Leaving, by an exception too, waits until all that was put is handled; an
-    interrupt while it waits drops what is not begun.
+    item is dropped. Leaving, by an exception too, waits until all that was put is handled, and so
+    does an interrupt meanwhile; only a second one, that which left the block counted, drops what is
+    not begun.
     """
 
     def __init__(self, handle: Callable[[T], None], depth: int):
@@ -166,7 +167,7 @@ class Consumer(_Beside, Generic[T]):
         self._handle = handle
         self._items: queue.Queue = queue.Queue(depth)
         self._error: BaseException | None = None
-        self._dropping = False
+        self._interrupts = 0
 
     def __enter__(self) -> "Consumer[T]":
         return self
@@ -188,7 +189,7 @@ class Consumer(_Beside, Generic[T]):
                 if last:
                     return
                 continue
-            if self._error is None and not self._dropping:
+            if self._error is None and self._interrupts < 2:
                 try:
                     self._handle(item)
                 except BaseException as error:
@@ -196,9 +197,11 @@ class Consumer(_Beside, Generic[T]):
             del item
 
     def _hurry(self) -> None:
-        self._dropping = True
+        self._interrupts += 1
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._hurry()
         self._end()
         if self._error is not None and self._error is not error:
             raise self._error

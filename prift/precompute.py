@@ -7,6 +7,7 @@ The data come in windows. While one is scored here, a thread reads the next and 
 cache has of it, and another thread writes, so the device waits for neither.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from prift.backends import Scorer, hf, ray_data
 from prift.background import Consumer, Prefetch
 from prift.cache import PriorCache
-from prift.errors import OptionError
+from prift.errors import CacheError, OptionError
 from prift.identity import PriorIdentity
 from prift.models import load_config, locate, weight_files
 from prift.plan import Plan, Planner, lacking
@@ -28,6 +29,8 @@ from prift.shards import Shard
 from prift.stats import STATISTICS
 from prift.store.claims import Claims
 from prift.store.newfile import remove_stale
+from prift.store.remote import open_root
+from prift.store.roots import IDENTITY, Root
 from prift.store.writer import CacheWriter
 from prift.text.dataspec import DataSpec
 from prift.text.examples import WINDOW_ROWS, Window
@@ -111,7 +114,9 @@ def precompute(
         for line in known:
             say(line)
         identity = _identify(folder, config, options)
-        cache = PriorCache(cache_root, identity, keys_only=True)
+        root = open_root(cache_root)
+        _check_identity(root, identity)
+        cache = PriorCache(root, identity, keys_only=True)
         planner = Planner(cache, options.positions, STATISTICS[options.statistics])
         plans = ahead.start(map(planner.plan, windows))
         del windows  # the thread's now
@@ -149,13 +154,16 @@ def _work(
     say: Callable[[str], None],
 ) -> None:
     """Scores the plans, and what others leave undone. Where nothing is to be scored, nothing is
-    loaded or written. On an interrupt it says what is kept."""
+    loaded, and nothing written but a prior.json that lacks. On an interrupt it says what is kept.
+    """
     writer, cache = None, turns.cache
     try:
         with turns.claims:
             plans = turns.take(plans)
             plan = next(plans, None)
             if plan is None:
+                if cache.parts:  # without a prior.json nobody would find them
+                    CacheWriter(cache.root, cache.identity, {})
                 return
             if not plan.last:
                 say(f"prior {cache.identity.id}: scored while the rest of the data is read")
@@ -177,6 +185,8 @@ def _work(
                     rows.put(plan.name)
                     plan = next(plans, None)
     except KeyboardInterrupt:
+        if writer is not None:
+            writer.flush()  # where it struck between the end of the one block and the other's
         kept = writer.visible if writer is not None else 0
         say(f"stopped: {kept:,} sequences scored by this run are kept in {cache.folder}. The same "
             "command goes on from there.")  # fmt: skip
@@ -190,6 +200,23 @@ def _identify(folder: Path, config: Any, options: PrecomputeOptions) -> PriorIde
         dtype=options.dtype,
         logits_dtype=options.logits_dtype,
         attention=options.attention,
+    )
+
+
+def _check_identity(root: Root, identity: PriorIdentity) -> None:
+    """Raises CacheError for a prior.json in the prior's folder that is another's or none: no reader
+    would find what is stored beside it."""
+    if identity.id not in root.priors():
+        return
+    where = f"{root.where(identity.id)}/{IDENTITY}"
+    try:
+        if PriorIdentity.parse(root.identity(identity.id, fresh=True), where) == identity:
+            return
+        why = f"{where} does not describe prior {identity.id}"
+    except CacheError as error:
+        why = str(error)
+    raise CacheError(
+        f"{why}. `prift cache verify --cache {shlex.quote(root.given)}` says what mends it."
     )
 
 

@@ -212,20 +212,44 @@ def test_put_waits_where_enough_waits_already():
     assert put[3] == "waited" and seen == list(range(10))
 
 
-def test_an_interrupt_while_leaving_drops_what_waits():
+def interrupt(consumer) -> None:
+    """Ctrl-C, which the main thread has heard on return."""
+    before = consumer._interrupts
+    os.kill(os.getpid(), signal.SIGINT)
+    until(lambda: consumer._interrupts > before)
+
+
+@pytest.mark.parametrize("while_leaving", [1, 2])
+def test_a_second_interrupt_while_leaving_drops_what_waits(while_leaving):
     seen = []
 
     def handle(n):
         until(lambda: consumer._left)
-        time.sleep(0.2)  # for the main thread to begin to wait
-        os.kill(os.getpid(), signal.SIGINT)
-        until(lambda: consumer._dropping)
+        time.sleep(0.2 if not seen else 0)  # for the main thread to begin to wait
+        if n < while_leaving:
+            interrupt(consumer)
         seen.append(n)
 
     with pytest.raises(KeyboardInterrupt), Consumer(handle, 100) as consumer:
         for n in range(100):
             consumer.put(n)
-    assert seen == [0]  # what was begun is ended
+    assert seen == (list(range(100)) if while_leaving == 1 else [0, 1])  # what was begun is ended
+
+
+def test_an_interrupt_of_the_block_is_the_first():
+    seen = []
+
+    def handle(n):
+        until(lambda: consumer._left)
+        time.sleep(0.2)
+        interrupt(consumer)
+        seen.append(n)
+
+    with pytest.raises(KeyboardInterrupt), Consumer(handle, 100) as consumer:
+        for n in range(100):
+            consumer.put(n)
+        raise KeyboardInterrupt
+    assert seen == [0]
 
 
 PROCESS = """

@@ -122,6 +122,7 @@ CACHE = {
     "store.nolinks",
     "cache",
     "store.writer",
+    "background",
 }
 CACHE |= {
     "store.process",

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prift.errors import CacheError
 from prift.identity import canonical_json
 from prift.store.problems import Problem, Verified
 from prift.store.remote import open_root
@@ -268,6 +269,31 @@ def test_parts_without_an_identity(copy):
     assert said(copy).startswith(f"{copy / IDENTITY.id}: it holds parts and no prior.json")
     (prior,) = open_root(copy).priors()
     assert verify(open_root(copy), [prior], whole=False).problems == []
+
+
+def again(lab, cache) -> int:
+    """Sequences that the same `prift precompute` command scores."""
+    before, lab.cache = lab.cache, str(cache)
+    try:
+        return lab.precompute().scored
+    finally:
+        lab.cache = before
+
+
+@pytest.mark.parametrize("name", sorted(IDENTITIES))
+def test_what_mends_an_identity_mends_it(name, lab, copy):
+    """The command is refused until it is deleted, and then writes it, though it scores nothing."""
+    change, _ = IDENTITIES[name]
+    (file,) = copy.glob("*/prior.json")
+    right = file.read_bytes()
+    file.write_bytes(change(file.read_text()).encode(errors="surrogateescape"))
+    (problem,) = checked(copy).problems
+    if "canonical" not in problem.what:
+        with pytest.raises(CacheError, match=f"{file} .*prift cache verify --cache {copy}"):
+            again(lab, copy)
+    file.unlink()
+    assert again(lab, copy) == 0
+    assert file.read_bytes() == right and checked(copy).problems == []
 
 
 def two_rows(root, first: list, second: list, spans=(1, 4), length: int = 4) -> None:

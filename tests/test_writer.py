@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import time
 from dataclasses import replace
@@ -146,25 +147,42 @@ def test_rows_added_before_an_exception_are_kept(tmp_path):
     assert fx.read(tmp_path, {"one": runs(1, 4)}) == {"rank": [1, 2, 3]}
 
 
-@pytest.mark.parametrize("at", [2, 7, 12])
-def test_an_interrupt_in_the_middle_of_writing_removes_the_part(tmp_path, monkeypatch, at):
-    """Ctrl-C arrives when half of the `at`th piece of a file was written."""
-    fx.add(tmp_path, [("one", 4, runs(1, 4), [1, 2, 3])])
-    before, calls, write = files(tmp_path), [], NewFile.write
+def interrupted(monkeypatch, at: int) -> list[int]:
+    """Ctrl-C arrives when half of the `at`th piece of a file is written; the pieces so far."""
+    calls, write = [], NewFile.write
 
-    def interrupted(file, data):
+    def broken(file, data):
         calls.append(len(data))
         if len(calls) == at:
             write(file, data[: len(data) // 2])
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            return write(file, data[len(data) // 2 :])
         return write(file, data)
 
-    monkeypatch.setattr(NewFile, "write", interrupted)
+    monkeypatch.setattr(NewFile, "write", broken)
+    return calls
+
+
+@pytest.mark.parametrize("at", [2, 7, 12])
+def test_an_interrupt_in_the_middle_of_writing_removes_the_part(tmp_path, monkeypatch, at):
+    fx.add(tmp_path, [("one", 4, runs(1, 4), [1, 2, 3])])
+    before, calls = files(tmp_path), interrupted(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt), CacheWriter(tmp_path, IDENTITY, {}) as writer:
         writer.add(key("two"), 4, runs(1, 4), fx.stats([1, 2, 3]))
+        writer.flush()
     assert len(calls) >= at
     assert files(tmp_path) == before
     assert fx.missing(tmp_path, {"one": runs(1, 4), "two": runs(1, 4)}) == [1]
+
+
+@pytest.mark.parametrize("at", [3, 7, 12])  # 1: prior.json, 2: what a part begins with
+def test_an_interrupt_on_leaving_is_raised_once_the_rows_are_kept(tmp_path, monkeypatch, at):
+    calls = interrupted(monkeypatch, at)
+    with pytest.raises(KeyboardInterrupt), CacheWriter(tmp_path, IDENTITY, {}) as writer:
+        writer.add(key("one"), 4, runs(1, 4), fx.stats([1, 2, 3]))
+    assert len(calls) >= at and writer.visible == 1
+    assert fx.read(tmp_path, {"one": runs(1, 4)}) == {"rank": [1, 2, 3]}
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("blocked", ["root", "prior", "parts"])

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prift.background import Consumer
 from prift.errors import CacheError
 from prift.identity import PriorIdentity
 from prift.store import spans
@@ -41,8 +42,9 @@ class CacheWriter:
 
     published  names of the parts finished so far; `visible` rows are in them
 
-    On leaving, by an exception too, the rows added so far are kept: each of them is whole.
-    Raises CacheError where the disk or the store refuses.
+    On leaving, by an exception too, the rows added so far are kept: each of them is whole. An
+    interrupt meanwhile is raised once they are. Raises CacheError where the disk or the store
+    refuses.
     """
 
     def __init__(
@@ -66,7 +68,14 @@ class CacheWriter:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.flush()
+        if self._part is None:
+            return
+        try:
+            with Consumer(lambda _: self.flush(), 1) as last:  # interrupts strike this thread alone
+                last.put(None)
+        except KeyboardInterrupt:
+            self.flush()  # where that thread was not begun
+            raise
 
     def add(self, key: bytes, length: int, spans: np.ndarray, stats: dict[str, Any]) -> None:
         """One sequence of `length` tokens: the spans scored, one array per statistic."""
