@@ -1,6 +1,7 @@
 """An object store at a URL: list, read, write and delete, each tried again where it fails.
 
-S3 and Google's store through pyarrow, anything else through fsspec (hf:// with huggingface_hub).
+S3 and Google's store through pyarrow, others through fsspec (hf:// with huggingface_hub, az://
+with adlfs).
 Ours are the only further tries: six of them, which in S3 take a minute where nothing answers
 (measured: reading 28 s, writing 63 s).
 """
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 _PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before the further tries
 _PIECE = 1 << 22  # bytes of a download that are held at a time
+_THROUGH_FSSPEC = ("hf", "abfs", "abfss", "az", "memory")
+"""Stores whose objects appear whole or not at all. What writes in place (sftp, smb, ftp) would show
+parts half-written, and is none."""
 _HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
 # What S3 says that another try cannot change; pyarrow makes OSErrors of it.
 _REFUSED = re.compile(
@@ -52,7 +56,7 @@ class Store:
         except (ValueError, ImportError, OSError) as error:
             raise CacheError(
                 f"{self.name}: {first_line(error)}. "
-                "Wanted a folder, or a URL s3://, gs://, hf:// or file://."
+                "Wanted a folder, or a URL s3://, gs://, hf://, az://, abfs:// or file://."
             ) from error
 
     def list(self, path: str = "") -> list[Any]:
@@ -189,6 +193,36 @@ def _abandoning(file: NewFile) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Clients of stores raise what they like (httpx's errors, botocore's): makes OSErrors of it."""
+    try:
+        yield
+    except (OSError, ImportError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+class _OSErrors:
+    """A file system of fsspec's, or a file of one, that raises OSErrors."""
+
+    def __init__(self, inner: Any):
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **options: Any) -> Any:
+            with _os_errors():
+                found = value(*args, **options)
+            return _OSErrors(found) if name == "open" else found
+
+        return call
+
+
 def _file_system(url: str) -> tuple[Any, str, Callable[[], None]]:
     from pyarrow import fs
 
@@ -205,7 +239,13 @@ def _file_system(url: str) -> tuple[Any, str, Callable[[], None]]:
     else:
         import fsspec
 
-        inner, path = fsspec.url_to_fs(url)
+        if (scheme := urlsplit(url).scheme) not in _THROUGH_FSSPEC:
+            raise ValueError(
+                f"{scheme}:// is no store that prift knows to show files whole or not at all"
+            )
+        with _os_errors():
+            inner, path = fsspec.url_to_fs(url)
+        inner = _OSErrors(inner)
         store = fs.PyFileSystem(fs.FSSpecHandler(inner))
         return store, path.rstrip("/"), inner.invalidate_cache
     # What a URL cannot say: the same file system, with fewer tries of its own.
