@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -213,8 +214,8 @@ def _uses_of(path: str) -> "list[Use]":
     from prift.store.gc import Use
 
     try:
-        with open(path) as file:
-            given = yaml.safe_load(file)
+        text = Path(path).read_text()
+        given, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
         given = {str(name).replace("-", "_"): value for name, value in given.items()}
     except (yaml.YAMLError, OSError, UnicodeDecodeError, AttributeError) as error:
         raise OptionError(f"--run {path}: {error}") from error
@@ -226,11 +227,13 @@ def _uses_of(path: str) -> "list[Use]":
     values["format"] = given.get("format") or "auto"
     values["on_empty"] = given.get("on_empty") or "drop"
     spec = data_spec({**values, "data": _listed(given["data"])})
-    uses = [Use(str(given["model"]), spec, given.get("prior"))]
+    # As written: an id of digits alone would be a number.
+    priors = _listed(written["prior"]) if given.get("prior") not in (None, []) else (None,)
+    uses = [Use(str(given["model"]), spec, prior) for prior in priors]
     if given.get("eval_data"):
-        text = replace(spec.text, split=given.get("eval_split"))
-        other = replace(spec, data=_listed(given["eval_data"]), text=text)
-        uses.append(replace(uses[0], spec=other))
+        chosen = replace(spec.text, split=given.get("eval_split"))
+        other = replace(spec, data=_listed(given["eval_data"]), text=chosen)
+        uses += [replace(use, spec=other) for use in uses]
     return uses
 
 

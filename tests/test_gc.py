@@ -131,6 +131,16 @@ def test_other_sequences_than_those_scored_are_refused(place, model):
     assert len(parts(place)) == 3
 
 
+def test_one_use_of_other_sequences_than_those_scored_is_refused_though_another_is_right(
+    place, model
+):
+    """As --data without the --template they were scored with, beside a right --run."""
+    cli.write_rows(place / "0.jsonl", [{**row, "completion": "!"} for row in ROWS[:4]])
+    uses = [use(place, model, 1), use(place, model, 0)]
+    with pytest.raises(CacheError, match="holds none of the 4 sequences of .*0.jsonl .*--template"):
+        examine(Root(place / "cache"), uses)
+
+
 def test_data_that_cannot_be_read_whole_delete_nothing(place, model):
     with open(place / "0.jsonl", "a") as file:
         file.write('{"prompt": "broken"\n')
@@ -247,6 +257,28 @@ def test_the_runs_of_others_count(place, model):
     assert both["priors"][0]["used"] == 12
     alone = cli.prift("cache", "gc", "--cache", place / "cache", "--run", run, "--json")
     assert json.loads(cli.succeeded(alone))["priors"][0]["used"] == 8
+
+
+def test_the_priors_of_a_run_count(place, model, tmp_path):
+    """--prior may be given twice, and an id of digits alone is a number to YAML."""
+    other = cli.make_model(tmp_path / "other", seed=1)
+    cli.succeeded(cli.precompute(other, place / "1.jsonl", place / "cache"))
+    root = Root(place / "cache")
+    ids = root.priors()
+    run = place / "run.yaml"
+    text = f"model: {model}\ndata: {place / '1.jsonl'}\n"
+    words = ("cache", "gc", "--cache", place / "cache", "--run", run, "--json")
+    run.write_text(text + "prior:\n" + "".join(f"- {one}\n" for one in ids))
+    found = json.loads(cli.succeeded(cli.prift(*words)))["priors"]
+    assert [(one["named"], one["used"]) for one in found] == [(True, 4), (True, 4)]
+    cli.succeeded(cli.train(model, place / "1.jsonl", tmp_path / "out", "--cache", place / "cache",
+                            "--prior", ids[0]))  # fmt: skip
+    own = cli.prift(*words[:5], tmp_path / "out" / "prift.yaml", "--json")
+    named = [one["prior"] for one in json.loads(cli.succeeded(own))["priors"] if one["named"]]
+    assert named == ids[:1]
+    for number in ("1234567812345678", "0123456701234567"):  # the second is octal
+        run.write_text(f"{text}prior: {number}\n")
+        cli.refused(cli.prift(*words), f"holds no prior {number}. It holds")
 
 
 @pytest.mark.parametrize(

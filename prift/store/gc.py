@@ -49,7 +49,7 @@ class Examined:
     rows       duplicates included; `used` of them are of these sequences
     unused     names of the parts without a used row, with their rows and bytes
     mixed      names of the parts with used and other rows; mixed_rows: those others
-    keys       'S16', sorted: of the sequences
+    keys       'S16', sorted: of the sequences; held: bool, which of them have a row
     """
 
     prior: str
@@ -66,36 +66,48 @@ class Examined:
     mixed: list[str] = field(default_factory=list)
     mixed_rows: int = 0
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, "S16"), repr=False)
+    held: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False)
 
     def plain(self) -> dict[str, Any]:
         """Without the keys."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keys"}
+        shown = [f.name for f in fields(self) if f.name not in ("keys", "held")]
+        return {name: getattr(self, name) for name in shown}
 
 
 def examine(root: Root, uses: Sequence[Use]) -> list[Examined]:
     """What is used of every prior. Reads all data, then the keys of all parts.
 
     Raises DataError for data that cannot be read whole, and CacheError for a part that cannot be
-    read and where no prior of the cache holds any of the data: other sequences were made of the
-    texts then, and all would seem unused.
+    read and where no prior of a use holds any of its data: other sequences were made of the texts
+    then, and what it uses would seem unused.
     """
     identities = list_priors(root)
     asked: dict[str, list[np.ndarray]] = {}
+    made: list[tuple[Use, np.ndarray, list[str]]] = []
     for use in uses:
-        keys = _keys(use.spec, use.model)
-        for prior in _priors(identities, use):
+        keys, priors = _keys(use.spec, use.model), _priors(identities, use)
+        made.append((use, keys, priors))
+        for prior in priors:
             asked.setdefault(prior, []).append(keys)
-    found = []
+    found = {}
     for prior in identities:
         keys = np.unique(np.concatenate([np.zeros(0, "S16"), *asked.get(prior, [])]))
-        found.append(_examined(root, prior, prior in asked, keys))
-    if asked and not any(one.used for one in found):
-        raise CacheError(
-            f"{root.name} holds none of the {max(one.sequences for one in found):,} sequences, so "
-            "they are not those that were scored: another --tokenizer, --template, --system or "
-            "--max-length, perhaps. Give the options of the `prift precompute` that scored them."
-        )
-    return found
+        found[prior] = _examined(root, prior, prior in asked, keys)
+    for use, keys, priors in made:
+        held = (found[prior].keys[found[prior].held] for prior in priors)
+        if not any(np.isin(keys, one).any() for one in held):
+            raise CacheError(_none_of(root, use, len(np.unique(keys))))
+    return list(found.values())
+
+
+def _none_of(root: Root, use: Use, sequences: int) -> str:
+    where = f" in prior {use.prior}" if use.prior else ""
+    return (
+        f"{root.name} holds none of the {sequences:,} sequences of {', '.join(use.spec.data)} made "
+        f"for {use.model}{where}, so they are not those that were scored: another --tokenizer, "
+        "--template, --system or --max-length, perhaps. Give the options of the `prift precompute` "
+        "that scored them."
+    )
 
 
 def sweep(root: Root, found: Sequence[Examined], others: bool = False) -> None:
@@ -219,5 +231,5 @@ def _examined(root: Root, prior: str, named: bool, keys: np.ndarray) -> Examined
             one.unused.append(held.part.name)
             one.unused_rows += len(used)
             one.unused_bytes += held.part.size
-    one.found = int(met.sum())
+    one.held, one.found = met, int(met.sum())
     return one
