@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from prift.cache import PriorCache
 from prift.errors import CacheError
 from prift.store import compact as compact_module
+from prift.store import merging as merging_module
 from prift.store import spans
 from prift.store.compact import compact
 from prift.store.remote import open_root
@@ -286,6 +287,54 @@ def test_what_another_has_merged_and_deleted_first_is_left_to_it(tmp_path, monke
     assert (done.merged, done.made) == (0, 0)
     assert len(fx.parts(tmp_path)) == 1
     small_is_whole(tmp_path)
+
+
+def test_what_another_has_merged_while_this_one_looks_is_listed_again(tmp_path, monkeypatch):
+    for n in range(3):
+        add(tmp_path, [(f"row {n}", runs(1, 4), 10 * n + 1)], f"20250101T00000{n}Z", half=True)
+    first = compact_module.plan
+
+    def later(*arguments):
+        monkeypatch.setattr(compact_module, "plan", first)
+        compact(Root(tmp_path), grace=0)
+        return first(*arguments)
+
+    monkeypatch.setattr(compact_module, "plan", later)
+    (done,) = compact(Root(tmp_path), grace=0)
+    assert (done.parts, done.merged, done.made) == (1, 0, 0)
+    small_is_whole(tmp_path, 3)
+
+
+def test_what_another_has_deleted_behind_the_check_of_its_hash_is_left_to_it(tmp_path, monkeypatch):
+    small(tmp_path)
+    first = merging_module.parts.check_hash
+    checked = []
+
+    def later(path):
+        first(path)
+        checked.append(path)
+        if len(checked) == 5:
+            monkeypatch.setattr(merging_module.parts, "check_hash", first)
+            compact(Root(tmp_path), grace=0)
+
+    monkeypatch.setattr(merging_module.parts, "check_hash", later)
+    (done,) = compact(Root(tmp_path), grace=0)
+    assert (done.merged, done.made, len(fx.parts(tmp_path))) == (0, 0, 1)
+    small_is_whole(tmp_path)
+
+
+def test_provenance_too_deep_to_be_read_stays_a_text(tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    for n, text in enumerate([deep, '{"model": "m"}']):
+        with CacheWriter(tmp_path, IDENTITY, {"prift": text}) as writer:
+            before = set(fx.parts(tmp_path))
+            writer.add(key(f"row {n}"), 12, runs(1, 4), fx.stats([10 * n + k for k in (1, 2, 3)]))
+        (path,) = set(fx.parts(tmp_path)) - before
+        fx.renamed(path, f"20250101T00000{n}Z")
+    compact(Root(tmp_path), grace=0)
+    (new,) = fx.parts(tmp_path)
+    assert json.loads(pq.read_schema(new).metadata[b"prift"]) == [deep, {"model": "m"}]
+    small_is_whole(tmp_path, 2)
 
 
 def test_two_processes_and_a_writer_lose_nothing(tmp_path):

@@ -16,10 +16,8 @@ compaction finds them.
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import pyarrow.parquet as pq
 
 from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError
@@ -28,7 +26,7 @@ from prift.progress import progress
 from prift.store import parts
 from prift.store.index import Index, PartIndex
 from prift.store.inventory import choose
-from prift.store.merging import Merge, merged
+from prift.store.merging import Merge, merged, stored_schema
 from prift.store.roots import Root
 
 TARGET_TOKENS = 1 << 22
@@ -36,6 +34,7 @@ TARGET_TOKENS = 1 << 22
 
 _TIME = re.compile(r"\d{8}T\d{6}Z")
 _TIME_WIDTH = 16
+_LISTINGS = 5  # of the parts, while others compact them
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,7 @@ def _kind(cache: PriorCache, part: PartIndex) -> object:
     if not _TIME.fullmatch(part.name[:_TIME_WIDTH]):
         return part.name
     if part.half:
-        stored = pq.read_schema(cache.path(part.name))
+        stored = stored_schema(cache.path(part.name))
         usual = parts.schema(tuple(part.names), half=True)
         if any(
             stored.field(n).type.value_type != usual.field(n).type.value_type for n in part.names
@@ -167,11 +166,24 @@ class _Run:
         self._root, self._prior = root, identity.id
         self._sizes = {part.name: part.size for part in root.parts(self._prior)}
         self._cache = PriorCache(root, identity)
+        self._merges = self._planned(target)
         self._before = len(self._cache.parts)
-        self._merges = plan(self._cache, target)
         self._made: list[str] = []
         self._duplicates = self._left = self._made_bytes = 0
         self.tokens = sum(part.tokens for merge in self._merges for part in merge.sources)
+
+    def _planned(self, target: int) -> list[Merge]:
+        for last in (*[False] * (_LISTINGS - 1), True):
+            try:
+                return plan(self._cache, target)
+            except CacheError:
+                if last or self._all_there(self._cache.parts):
+                    raise
+                self._cache.refresh()  # another compaction has taken away what was listed
+        raise AssertionError
+
+    def _all_there(self, names: Iterable[str]) -> bool:
+        return {part.name for part in self._root.parts(self._prior)}.issuperset(names)
 
     @property
     def doomed(self) -> set[str]:
@@ -185,8 +197,7 @@ class _Run:
             try:
                 path, kept = merged(self._root, self._prior, merge, paths, advance)
             except CacheError:
-                there = {part.name for part in self._root.parts(self._prior)}
-                if there.issuperset(part.name for part in merge.sources):
+                if self._all_there(part.name for part in merge.sources):
                     raise
                 self._merges.remove(merge)  # another compaction has put them into a part
                 continue

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prift.errors import CacheError
@@ -61,7 +62,7 @@ def merged(
                 f"the copy of {root.where(prior, path.name)} on this disk was damaged, and is "
                 "removed. Nothing was deleted; run the same command again."
             ) from error
-    facts = {"prift": json.dumps(_facts(paths), sort_keys=True)}
+    facts = {"prift": _facts(paths)}
     writer = None
     try:
         writer = PartWriter(
@@ -115,17 +116,28 @@ def _add(
         )
 
 
-def _facts(paths: Sequence[Path]) -> list:
-    """The distinct provenances of these parts, as they come; a text that is no JSON as a text."""
+def stored_schema(path: Path) -> pa.Schema:
+    """Of a part. Raises CacheError for a file that is none or is gone."""
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise CacheError(f"cannot read {path}: it is gone") from error
+        raise parts.damaged(path, f"it cannot be read as a part of a cache ({error})") from error
+
+
+def _facts(paths: Sequence[Path]) -> str:
+    """A JSON list of the distinct provenances of these parts, as they come; a text that is no JSON,
+    or too deep to be read, as a text."""
     found = {}
     for path in paths:
-        text = (pq.read_schema(path).metadata or {}).get(b"prift")
+        text = (stored_schema(path).metadata or {}).get(b"prift")
         if text is None:
             continue
         try:
             fact = json.loads(text)
-        except ValueError:
-            fact = text.decode(errors="replace")
-        for one in fact if isinstance(fact, list) else [fact]:
-            found.setdefault(canonical_json(one), one)
-    return list(found.values())
+            ones = [canonical_json(one) for one in (fact if isinstance(fact, list) else [fact])]
+        except (ValueError, RecursionError):
+            ones = [canonical_json(text.decode(errors="replace"))]
+        found.update(dict.fromkeys(ones))
+    return f"[{','.join(found)}]"
