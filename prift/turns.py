@@ -59,7 +59,8 @@ class Turns:
         yield from self._undone()
 
     def _undone(self) -> Iterator[Plan]:
-        """What others had in work and did not store."""
+        """What others had in work and did not store. Raises DataError where the data, read again,
+        are others."""
         self.cache.refresh(self.own)
         undone = {n: late for n, late in self._deferred.items() if len(self._missing(late.todo()))}
         if not undone:
@@ -68,13 +69,13 @@ class Turns:
         for number, window in enumerate(self._again()):
             if number in undone:
                 late = undone.pop(number)
-                self.claims.wait(late.name)
-                self.claims.take(late.name)  # or not: then the same work is done twice
+                self.claims.take_late(late.name)  # or not: then the same work may be done twice
                 plan = late.plan(window, number)
                 self.left_tokens -= plan.tokens
                 yield from self._taken(plan)
             if not undone:
                 return
+        raise _changed()
 
     def _taken(self, plan: Plan) -> Iterator[Plan]:
         self.cache.refresh(self.own)
@@ -117,7 +118,11 @@ class _Deferred:
         """Of the same window, read again. Raises DataError where it is not the same."""
         ids = [window.examples[i].input_ids for i in self.index if i < len(window.examples)]
         if not np.array_equal(np.array([sequence_key(one) for one in ids], "S16"), self.keys):
-            raise DataError(
-                "the data are not what they were when this run began. Run the same command again."
-            )
+            raise _changed()
         return Plan(window.examples, self.todo(), self.fresh, window.last, number, self.name)
+
+
+def _changed() -> DataError:
+    return DataError(
+        "the data are not what they were when this run began. Run the same command again."
+    )

@@ -258,6 +258,43 @@ def test_data_that_changed_meanwhile_are_refused(held):
     assert len(keys_of(lab)) == 30
 
 
+def test_data_that_shrank_meanwhile_are_refused(held):
+    from prift.errors import DataError
+
+    lab, claim, release = held
+    claim([3], f"{signature()} another")
+
+    def waiting(line):
+        if line.startswith("waiting for"):
+            lines = Path(lab.data).read_text().splitlines()
+            Path(lab.data).write_text("\n".join(lines[:20]))
+            release([3])
+
+    with pytest.raises(DataError, match="not what they were when this run began"):
+        scored_by(lab, waiting)
+    assert len(keys_of(lab)) == 30
+
+
+def test_a_window_that_a_third_takes_first_is_waited_for_again(held, monkeypatch):
+    lab, claim, release = held
+    claim([1], f"{signature()} another")
+    wait, waits = Claims.wait, []
+
+    def waiting(self, window, say=None):
+        waits.append(window)
+        if len(waits) != 2:
+            release([1])
+        wait(self, window, say)
+        if len(waits) == 2:  # it was left undone, and is to be taken here
+            claim([1], f"{signature()} third")
+
+    monkeypatch.setattr(Claims, "wait", waiting)
+    scored, _ = scored_by(lab)
+    assert len(waits) == 3
+    assert scored == 40 == len(set(keys_of(lab))) == len(keys_of(lab))
+    assert not list(Path(lab.cache).glob(f"*/{CLAIMS}"))
+
+
 def test_claims_in_an_object_store(s3, tmp_path, monkeypatch):
     """Each of two processes leaves a window that the other has, and removes what it left. To see
     what others have finished, keys alone are read."""

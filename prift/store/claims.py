@@ -91,6 +91,19 @@ class Claims:
                 say = None
             time.sleep(_LOOK_SECONDS)
 
+    def take_late(self, window: str) -> bool:
+        """`wait`, then `take`, and again where another was faster; False for a claimant of another
+        machine, or after ten minutes."""
+        name, begun = self._name(window), time.monotonic()
+        while time.monotonic() - begun < _PATIENCE:
+            self.wait(window)
+            if self.take(window):
+                return True
+            claimant = self._root.claimant(self._prior, name)
+            if claimant is not None and self._lives(name, claimant) is None:
+                return False
+        return False
+
     def _lives(self, name: str, claimant: str | None) -> bool | None:
         """Whether the claimant does; None where it is not of this machine, or there is none."""
         if claimant == "":  # it is about to sign, or was killed just before
