@@ -32,18 +32,40 @@ def sequence_key(input_ids: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(input_ids, "<i4")).digest()[:16]
 
 
-def list_priors(root: str | Path | Root) -> dict[str, PriorIdentity]:
-    """Every prior in the cache by its id. An absent root holds none. Raises CacheError."""
+def list_priors(
+    root: str | Path | Root, trouble: dict[str, CacheError] | None = None
+) -> dict[str, PriorIdentity]:
+    """Every prior in the cache by its id. An absent root holds none.
+
+    trouble  gets, by the folder's name, the errors of those whose prior.json is none; None: the
+             first is raised
+
+    Raises CacheError.
+    """
     root = root if isinstance(root, Root) else open_root(root)
-    found, priors = {}, root.priors()
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        texts = list(pool.map(root.identity, priors))
-    for prior, text in zip(priors, texts, strict=True):
+    priors = root.priors()
+
+    def read(prior: str) -> PriorIdentity | CacheError:
         file = f"{root.where(prior)}/{IDENTITY}"
-        found[prior] = identity = PriorIdentity.parse(text, file)
-        if identity.id != prior:
-            raise CacheError(f"{file} does not belong there: it describes prior {identity.id}")
-    return found
+        try:
+            identity = PriorIdentity.parse(root.identity(prior), file)
+            if identity.id != prior:
+                why = f"{file} does not belong there: it describes prior {identity.id}"
+                raise CacheError(why)
+        except CacheError as error:
+            return error
+        return identity
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = dict(zip(priors, pool.map(read, priors), strict=True))
+    wrong = {prior: one for prior, one in found.items() if isinstance(one, CacheError)}
+    there = set(root.priors()) if wrong else set()  # others are taken away meanwhile
+    for prior, error in wrong.items():
+        if prior in there and trouble is None:
+            raise error
+        if prior in there and trouble is not None:
+            trouble[prior] = error
+    return {prior: one for prior, one in found.items() if isinstance(one, PriorIdentity)}
 
 
 class PriorCache:
@@ -78,21 +100,34 @@ class PriorCache:
 
         own  names of parts whose coming or going alone is no reason to look
         """
+        kept: dict[str, tuple[Path, PartIndex]] = {}  # opened in any of the rounds
         for last in (*[False] * (_LISTINGS - 1), True):
             listed = self.root.parts(self.identity.id)
             if {part.name for part in listed} - own == self._parts.keys() - own:
                 return
-            try:
-                with ThreadPoolExecutor(_AT_ONCE) as pool:
-                    found = list(pool.map(self._opened, listed))
-            except CacheError:
-                if last or listed == self.root.parts(self.identity.id):
-                    raise
-                continue  # a part was taken away between the listing and its reading
-            self._paths = {index.name: path for path, index in found}
-            self._parts = {index.name: index for _, index in found}
+            todo = [part for part in listed if part.name not in kept]
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                found = dict(zip(todo, pool.map(self._tried, todo), strict=True))
+            wrong = {part: one for part, one in found.items() if isinstance(one, CacheError)}
+            kept |= {p.name: one for p, one in found.items() if not isinstance(one, CacheError)}
+            if wrong:
+                now = self.root.parts(self.identity.id)
+                still = [error for part, error in wrong.items() if part in now]
+                if still and (last or listed == now):
+                    raise still[0]
+                if not last:
+                    continue  # parts were taken away between the listing and their reading
+            there = [kept[part.name] for part in listed if part.name in kept]
+            self._paths = {index.name: path for path, index in there}
+            self._parts = {index.name: index for _, index in there}
             self._index = Index(list(self._parts.values()))
             return
+
+    def _tried(self, part: Part) -> tuple[Path, PartIndex] | CacheError:
+        try:
+            return self._opened(part)
+        except CacheError as error:
+            return error
 
     def _opened(self, part: Part) -> tuple[Path, PartIndex]:
         """Where the part, or the copy of it, lies, and its rows."""

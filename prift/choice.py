@@ -101,19 +101,23 @@ def choose_prior(
     from what is asked for or from each other, and what to do.
     """
     root = root if isinstance(root, Root) else open_root(root)
-    found = list_priors(root)
+    trouble: dict[str, CacheError] = {}
+    found = list_priors(root, trouble)
+    if prior_id in trouble:
+        raise trouble[prior_id]
+    passed = "".join(f"\nPassed over: {error}" for error in trouble.values())
     if not found:
-        raise CacheError(f"{root.name} holds no prior. Run:\n  {command}")
+        raise CacheError(f"{root.name} holds no prior. Run:\n  {command}{passed}")
     if prior_id is not None:
         if prior_id not in found:
             listed = _listing(root, found)
-            raise CacheError(f"{root.name} holds no prior {prior_id}. It holds:\n{listed}")
+            raise CacheError(f"{root.name} holds no prior {prior_id}. It holds:\n{listed}{passed}")
         found[prior_id].check(names)
         return found[prior_id]
     wanted = asked() if asked is not None else None
     fitting = {k: v for k, v in found.items() if wanted is None or not wanted.lacks(v)}
     if not fitting:
-        raise CacheError(_no_prior_of(root, found, wanted, command))
+        raise CacheError(_no_prior_of(root, found, wanted, command) + passed)
     readable = {k: v for k, v in fitting.items() if v.refusal(names) is None}
     if not readable:
         lines = [f"  {k}: {v.refusal(names)}" for k, v in fitting.items()]

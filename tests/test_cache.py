@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from prift.cache import PriorCache, list_priors, sequence_key
 from prift.errors import CacheError, MissingPrior
 from prift.store import spans
+from prift.store.remote import open_root
 from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import CORE, IDENTITY, OTHER, key, keys, runs
@@ -235,3 +236,65 @@ def test_reading_is_looking_up_the_first_row_that_covers(tmp_path_factory, parts
     flat = [rank for i in there for rank in expected[i]]
     assert found["rank"].tolist() == flat
     assert found["logprob"].tolist() == fx.stats(flat)["logprob"].tolist()
+
+
+def test_a_listing_while_parts_are_taken_away_one_after_another(tmp_path, monkeypatch):
+    """As a compaction does in a slow store: each listing names a part that is gone by its turn."""
+    texts = [f"row {n}" for n in range(30)]
+    for text in texts:
+        fx.add(tmp_path, [(text, 4, runs(1, 4), [1, 2, 3])])
+    whole = fx.add(tmp_path, [(text, 4, runs(1, 4), [1, 2, 3]) for text in texts])
+    root, opened = open_root(tmp_path), []
+    listing, source = root.parts, root.source
+
+    def parts(prior):
+        found = listing(prior)
+        root.remove(prior, next(part.name for part in found if part.name != whole.name))
+        return found
+
+    def counted(prior, part):
+        opened.append(part.name)
+        return source(prior, part)
+
+    monkeypatch.setattr(root, "parts", parts)
+    monkeypatch.setattr(root, "source", counted)
+    cache = PriorCache(root, IDENTITY, keys_only=True)
+    assert cache.missing(keys(*texts), [runs(1, 4)] * len(texts), ("rank",)) == []
+    gone = set(opened) - {path.name for path in fx.parts(tmp_path)}
+    assert gone and all(opened.count(name) == 1 for name in set(opened) - gone)
+
+
+def test_a_part_that_stays_and_is_none_is_an_error_in_any_listing(tmp_path):
+    fx.add(tmp_path, [("one", 4, runs(1, 4), [1, 2, 3])])
+    fx.place(tmp_path, b"no part")
+    for keys_only in (True, False):
+        with pytest.raises(CacheError, match="is damaged"):
+            PriorCache(tmp_path, IDENTITY, keys_only=keys_only)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", None])
+def test_a_malformed_prior_is_passed_over_where_asked(tmp_path, text):
+    fx.add(tmp_path, [("one", 4, runs(1, 4), [1, 2, 3])])
+    (tmp_path / "0123456789abcdef").mkdir()
+    file = tmp_path / "0123456789abcdef" / "prior.json"
+    file.symlink_to("/dev/zero") if text is None else file.write_text(text)
+    trouble = {}
+    assert list_priors(tmp_path, trouble) == {IDENTITY.id: IDENTITY}
+    assert list(trouble) == ["0123456789abcdef"]
+    with pytest.raises(CacheError, match="0123456789abcdef/prior.json"):
+        list_priors(tmp_path)
+
+
+def test_a_prior_that_goes_while_it_is_listed_is_none(tmp_path, monkeypatch):
+    fx.add(tmp_path, [("one", 4, runs(1, 4), [1, 2, 3])])
+    root = open_root(tmp_path)
+    root.begin(OTHER.id, OTHER.json())
+    identity = root.identity
+
+    def late(prior, *rest):
+        if prior == OTHER.id:
+            root.remove_prior(prior)
+        return identity(prior, *rest)
+
+    monkeypatch.setattr(root, "identity", late)
+    assert list_priors(root) == {IDENTITY.id: IDENTITY}

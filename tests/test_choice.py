@@ -1,6 +1,7 @@
 """Which prior of a cache answers: the one asked for, or an error that shows both sides."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,3 +213,17 @@ def test_the_command_to_run_repeats_no_credentials():
     assert (
         command == "prift precompute --model m --data d.jsonl --cache 's3://team/cache?region=eu'"
     )
+
+
+def test_a_malformed_prior_stops_nobody_and_is_named_where_nothing_fits(tmp_path):
+    priors(tmp_path, IDENTITY)
+    (tmp_path / OTHER.id).mkdir()
+    file = tmp_path / OTHER.id / "prior.json"
+    file.write_text("{")
+    assert choose(tmp_path) == choose(tmp_path, IDENTITY.id) == IDENTITY
+    for chosen in ({"identity": OTHER}, {"prior_id": OTHER.id}, {"prior_id": "0123456789abcdef"}):
+        with pytest.raises(CacheError, match=f"{file} is not a prior's identity"):
+            choose(tmp_path, **chosen)
+    shutil.rmtree(tmp_path / IDENTITY.id)
+    with pytest.raises(CacheError, match=rf"(?s)holds no prior\. Run.*over: {file} is not"):
+        choose(tmp_path)
