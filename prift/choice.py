@@ -62,7 +62,8 @@ def open_prior(
     """
     root = root if isinstance(root, Root) else open_root(root)
     asked = None if prior is None or is_id(prior) else (lambda: _asked(prior, locate(prior)))
-    command = f"prift precompute --model MODEL --data DATA --cache {shlex.quote(root.name)}"
+    words = ["prift", "precompute", "--model", "MODEL", "--data", "DATA", "--cache", root.given]
+    command = shlex.join([*words, *statistics_option(names)])
     chosen = choose_prior(root, names, command, prior if is_id(prior) else None, asked)
     return PriorCache(root, chosen)
 
@@ -160,9 +161,7 @@ def command_for(
         model = f"THE_MODEL_OF_{options.prior}"
     cache = re.sub("(?<=://)[^/@]*@", "", options.cache or "CACHE")  # without its credentials
     words = spec.precompute_command(model, cache)
-    from prift.stats import EXTENDED  # here, since torch comes with it
-
-    more = ["--statistics", "extended"] if set(names) & set(EXTENDED) else []
+    more = statistics_option(names)
     if identity is None:
         return f"{words} {shlex.join(more)}".rstrip()
     own = options.prior is None
@@ -173,6 +172,13 @@ def command_for(
     if identity.logits_dtype != "float32":
         more += ["--logits-dtype", identity.logits_dtype]
     return f"{words} {shlex.join(more)}".rstrip()
+
+
+def statistics_option(names: Collection[str]) -> list[str]:
+    """What has `prift precompute` store these statistics."""
+    from prift.stats import EXTENDED  # here, since torch comes with it
+
+    return ["--statistics", "extended"] if set(names) & set(EXTENDED) else []
 
 
 def _asked(model: str, folder: Path, config: Any = None) -> Asked:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from prift.cache import PriorCache
-from prift.choice import model_name, open_prior
+from prift.choice import model_name, open_prior, statistics_option
 from prift.errors import DataError, MissingPrior, OptionError
 from prift.sequences import Reader, Sequences
 from prift.store.parts import COLUMN_TYPES
@@ -54,7 +54,8 @@ def look_up(
     _check_names(names)
     absent = rows.missing(cache, names)
     if len(absent) and missing == "error":
-        raise _missing(cache, len(absent), len(sizes), f"sequence {absent[0]}, counted from 0")
+        first = f"sequence {absent[0]}, counted from 0"
+        raise _missing(cache, names, len(absent), len(sizes), first)
     values = rows.read(cache, names, absent)
     ends = np.cumsum(sizes)
     pieces = list(zip((ends - sizes).tolist(), ends.tolist(), strict=True))
@@ -135,13 +136,16 @@ def _refuse_missing(dataset: Any, reader: Reader, cache: PriorCache, names: Sequ
             first = begin + int(absent[0])
         count, begin = count + len(absent), begin + len(table)
     if first is not None:
-        raise _missing(cache, count, begin, f"row {first}, counted from 0")
+        raise _missing(cache, names, count, begin, f"row {first}, counted from 0")
 
 
-def _missing(cache: PriorCache, count: int, of: int, first: str) -> MissingPrior:
+def _missing(
+    cache: PriorCache, names: Sequence[str], count: int, of: int, first: str
+) -> MissingPrior:
     prior = cache.identity
     words = ["prift", "precompute", "--model", model_name(cache.root, prior.id) or "MODEL"]
-    words += ["--data", "rows.jsonl", "--cache", cache.root.name]
+    words += ["--data", "rows.jsonl", "--cache", cache.root.given]
+    words += statistics_option(names)
     words += ["--dtype", prior.dtype, "--attention", prior.attention]
     if prior.logits_dtype != "float32":
         words += ["--logits-dtype", prior.logits_dtype]

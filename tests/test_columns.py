@@ -1,6 +1,7 @@
 """A cache's statistics beside token ids that other programs hold."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +133,24 @@ def test_rows_that_lack_are_counted_and_the_message_says_what_to_run(tmp_path):
     )
     found = attach(dataset(), cache, ["logprob"], missing="nan")["prior_logprob"][:]
     assert np.isnan(np.concatenate(found[1:])).all() and np.isfinite(found[0][1:3]).all()
+
+
+def test_what_to_run_names_the_store_as_given_and_the_statistics_that_lack(tmp_path, s3):
+    """Without the URL's options the command would go to another store."""
+    assert "&endpoint_override=" in s3.url()
+    command = f"--data DATA --cache {shlex.quote(s3.url())} --statistics extended"
+    with pytest.raises(CacheError) as caught:
+        open_prior(s3.url(), names=["collision"])
+    assert str(caught.value).endswith(f"prift precompute --model MODEL {command}")
+    cache = stored(s3.url())
+    command = command.replace("DATA", "rows.jsonl")
+    for ask in (
+        lambda: attach(dataset(), cache, ["logprob", "collision"]),
+        lambda: look_up(cache, [[5, 6, 7, 8]], names=["collision"]),
+    ):
+        with pytest.raises(MissingPrior) as caught:
+            ask()
+        assert f"{command} --dtype float32" in str(caught.value)
 
 
 def test_a_mask_instead_of_labels_and_all_tokens(tmp_path):
