@@ -13,6 +13,7 @@ from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError
 from prift.store.claims import Claims
 from prift.store.remote import open_root
+from prift.store.roots import MAX_PART, Part
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import IDENTITY, runs, table
 from tests.fuzz import varint
@@ -205,3 +206,18 @@ def test_what_is_executable_elsewhere_is_not_here(tmp_path):
     fx.forge(tmp_path, forged.replace_schema_metadata({"prift": evil, "pandas": evil}))
     assert fx.read(tmp_path, WANTED) == {"rank": [1, 2, 3]}
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_part_too_large_for_one_is_not_read(part, tmp_path, monkeypatch):
+    os.truncate(part, MAX_PART + 1)
+    for use in (fx.read, fx.missing):
+        with pytest.raises(CacheError, match=f"{part.name} is too large for a part of a cache"):
+            use(tmp_path / "cache", WANTED)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copies"))
+    for root in (open_root(tmp_path / "cache"), open_root(f"memory://{tmp_path.name}")):
+        large = Part(part.name, MAX_PART + 1, 0)
+        for use in (root.fetch, root.source, root.content):
+            with pytest.raises(CacheError, match="is too large for a part of a cache"):
+                use(IDENTITY.id, large)
+        with pytest.raises(CacheError, match="is too large for a part of a cache"):
+            root.download(IDENTITY.id, large, tmp_path / "copied")

@@ -104,6 +104,19 @@ def test_a_part_is_downloaded_once_and_an_identity_too(s3, monkeypatch, tmp_path
         assert len(paths) == gets
 
 
+def test_copies_are_for_their_user_alone(url, tmp_path, monkeypatch):
+    def modes():
+        home = Path(os.environ["XDG_CACHE_HOME"]) / "prift" / "copies"
+        return [path.stat().st_mode & 0o777 for path in home.iterdir()]
+
+    add(url, ONE)
+    assert modes() == [0o700]
+    for number, use in enumerate((list_priors, lambda url: fx.read(url, WANTED))):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"elsewhere {number}"))
+        use(url)
+        assert modes() == [0o700]
+
+
 def test_a_damaged_copy_is_downloaded_anew(s3):
     add(s3.url(), ONE)
     (copy,) = copies(s3.url())

@@ -75,6 +75,7 @@ class RemoteRoot(Root):
             raise CacheError(f"{place} cannot be read: {error}") from error
         if hashlib.sha256(data).hexdigest()[:16] == prior:
             with contextlib.suppress(OSError):  # it only saves a request
+                self._make_private()
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(copy.parent, IDENTITY, data)
         return text
@@ -103,12 +104,13 @@ class RemoteRoot(Root):
                     copy.unlink()
 
     def fetch(self, prior: str, part: Part) -> Path:
-        copy = self.parts_folder(prior) / part.name
+        copy = self._place(prior, part)
         with contextlib.suppress(OSError):
             if copy.stat().st_size == part.size:
                 return copy
         place = self.where(prior, part.name)
         try:
+            self._make_private()
             file = self._store.download(f"{prior}/parts/{part.name}", copy.parent)
             if file.sha256()[:32] != digest_in(part.name):
                 file.abandon()
@@ -133,16 +135,24 @@ class RemoteRoot(Root):
         return False
 
     def source(self, prior: str, part: Part) -> OpenPart:
+        self._place(prior, part)
         file = self._store.open(f"{prior}/parts/{part.name}")
         return OpenPart(file, part.name, self.where(prior, part.name))
 
     def content(self, prior: str, part: Part) -> bytes:
+        self._place(prior, part)
         return self._store.get(f"{prior}/parts/{part.name}")
 
     def download(self, prior: str, part: Part, folder: Path) -> NewFile:
+        self._place(prior, part)
         return self._store.download(f"{prior}/parts/{part.name}", folder)
 
+    def _make_private(self) -> None:
+        """The folder of the copies: others on this machine may have no right to the bucket."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
     def begin(self, prior: str, identity: str) -> None:
+        self._make_private()
         self.parts_folder(prior).mkdir(parents=True, exist_ok=True)
         if not self._store.size(f"{prior}/{IDENTITY}"):
             self._store.put(f"{prior}/{IDENTITY}", identity.encode())

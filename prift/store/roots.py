@@ -26,6 +26,8 @@ from prift.store.nolinks import inside, is_file, read_small, refuse
 IDENTITY = "prior.json"
 MAX_IDENTITY = 1 << 16
 """Bytes of a prior.json; larger ones are none."""
+MAX_PART = 1 << 32
+"""Bytes of a part; larger ones are none, and not read: prift writes about 200 MB at most."""
 _BLOCK = 1 << 23  # bytes copied at once
 _MAX_NOTE = 1 << 10
 CLAIMS = "claims"
@@ -121,7 +123,7 @@ class Root:
 
     def fetch(self, prior: str, part: Part) -> Path:
         """A local file with the part's bytes."""
-        return self.parts_folder(prior) / part.name
+        return self._place(prior, part)
 
     def forget(self, prior: str, name: str) -> bool:
         """Whether the file that `fetch` gave was a copy that is damaged or gone, which the next
@@ -130,12 +132,12 @@ class Root:
 
     def source(self, prior: str, part: Part) -> "Path | OpenPart":
         """What `prift.store.parts` reads a little of the part from; nothing is copied."""
-        return self.parts_folder(prior) / part.name
+        return self._place(prior, part)
 
     def content(self, prior: str, part: Part) -> bytes:
         """The part's bytes as they lie in the cache, whatever a copy of them says."""
         try:
-            return (self.parts_folder(prior) / part.name).read_bytes()
+            return self._place(prior, part).read_bytes()
         except OSError as error:
             raise CacheError(
                 f"cannot read {self.where(prior, part.name)}: {error.strerror}"
@@ -157,13 +159,22 @@ class Root:
 
     def _blocks(self, prior: str, part: Part) -> Iterator[bytes]:
         try:
-            with open(self.parts_folder(prior) / part.name, "rb") as source:
+            with open(self._place(prior, part), "rb") as source:
                 while block := source.read(_BLOCK):
                     yield block
         except OSError as error:
             raise CacheError(
                 f"cannot read {self.where(prior, part.name)}: {error.strerror}"
             ) from error
+
+    def _place(self, prior: str, part: Part) -> Path:
+        """Where a part that may be read, or the copy of it, lies. Raises CacheError."""
+        if part.size > MAX_PART:
+            raise CacheError(
+                f"{self.where(prior, part.name)} is too large for a part of a cache: {part.size:,} "
+                f"bytes, more than {MAX_PART:,}. Delete it; prift writes none of this size."
+            )
+        return self.parts_folder(prior) / part.name
 
     def begin(self, prior: str, identity: str) -> None:
         """Makes the prior's folder and its prior.json where they are absent. Raises OSError."""
