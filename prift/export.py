@@ -88,7 +88,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         say(line)
     command = command_for(options, options.spec, identity, folder, config, names)
     cache = PriorCache(open_root(options.cache), identity)
-    prior = read_prior(cache, examples, request(examples), names, command)
+    prior = read_prior(cache, examples, request(examples), names, command, say)
     weights = weigh(options.weigher, examples.label_counts, prior)
     check_weights(options.weigher, weights, examples)
     values = {"weights": weights, **{name: prior[name] for name in options.statistics}}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from prift.cache import PriorCache, sequence_key
 from prift.errors import MissingPrior
 from prift.stats import CORE
 from prift.store import spans
+from prift.store.index import Index
 from prift.text.examples import Examples
 
 
@@ -64,11 +65,18 @@ def request(examples: Examples, positions: str = "labels") -> Request:
 
 
 def read_prior(
-    cache: PriorCache, examples: Examples, asked: Request, names: Sequence[str], command: str
+    cache: PriorCache,
+    examples: Examples,
+    asked: Request,
+    names: Sequence[str],
+    command: str,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, np.ndarray]:
     """Statistics of all label tokens of all examples, joined in order.
 
     asked  request(examples)
+    say    told, where it is so, how many of the sequences are read in half precision
+
     Raises MissingPrior saying how many sequences the cache lacks, the first of them, and
     `command`, which adds them.
     """
@@ -81,7 +89,21 @@ def read_prior(
             f"{len(absent):,} of {len(examples):,} sequences have no {what} in {cache.folder} "
             f"(first: {examples.where(absent[0])}). Run:\n  {command}"
         )
-    return cache.read(asked.keys, asked.spans, names)
+    found = cache.read(asked.keys, asked.spans, names)
+    if half := _in_half(cache, asked, names):
+        say(f"{half:,} of {len(asked.keys):,} sequences are stored in half precision "
+            f"in {cache.folder}")  # fmt: skip
+    return found
+
+
+def _in_half(cache: PriorCache, asked: Request, names: Sequence[str]) -> int:
+    """How many of the rows wanted, all of which are there, come from parts in half precision:
+    those that no other part has."""
+    whole = [part for part in cache.parts.values() if not part.half]
+    if len(whole) == len(cache.parts):
+        return 0
+    found = Index(whole).find(asked.keys, *spans.flat(asked.spans), list(names))
+    return int((found < 0).sum())
 
 
 def digest(asked: Request, names: Sequence[str], prior: str, parts: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The data of a training run: examples, and what the prior thought of them, read from the cache."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from prift.errors import CacheError, OptionError
 from prift.identity import PriorIdentity
 from prift.mapped import MappedArrays, mapped_arrays
 from prift.models import turns_by_length
+from prift.ranks import is_rank_zero
 from prift.request import digest, read_prior, request
 from prift.store.remote import open_root
 from prift.text.dataspec import DataSpec
@@ -113,7 +115,7 @@ def load_data(
             command = command_for(options, spec, identity, folder, config, names)
             try:
                 where = (options, spec, folder, config)
-                prior = _decoded(where, identity, examples, names, command, base)
+                prior = _decoded(where, identity, examples, names, command, base, say)
             except CacheError as error:
                 if needed:
                     raise
@@ -148,6 +150,7 @@ def _decoded(
     names: list[str],
     command: str,
     base: PriorIdentity | None,
+    say: Callable[[str], None],
 ) -> MappedArrays:
     """What training reads of the prior for all label tokens: statistics, or the logprob and the
     weights where the rule's source is the prior. In files that all processes of the machine map;
@@ -161,15 +164,19 @@ def _decoded(
     what = [*names, *([weigher.code, *(prior.id for prior in priors)] if known else [])]
     key = digest(asked, what, identity.id, parts)
 
+    def tell(line: str) -> None:  # any process may be the one that reads; `say` is rank 0's
+        say(line) if is_rank_zero() else print(line, file=sys.stderr)
+
     def read() -> Mapping[str, np.ndarray]:
-        found = read_prior(PriorCache(place, identity), examples, asked, names, command)
+        found = read_prior(PriorCache(place, identity), examples, asked, names, command, tell)
         if not known:
             return found
         other = None
         if base is not None:
             second = replace(options, prior=options.base_prior)
             adds = command_for(second, spec, base, folder, config, weigher.base)
-            other = read_prior(PriorCache(place, base), examples, asked, weigher.base, adds)
+            held = PriorCache(place, base)
+            other = read_prior(held, examples, asked, weigher.base, adds, tell)
         weights = weigh(weigher, examples.label_counts, found, other)
         check_weights(weigher, weights, examples)
         return {"logprob": found["logprob"], "weights": weights}

@@ -251,3 +251,31 @@ def test_half_the_room_by_storage_float16(tmp_path):
     for name, values in stored(whole).items():
         kind = np.float16 if values.dtype == np.float32 else values.dtype
         assert np.array_equal(half[name], values.astype(kind).astype(values.dtype)), name
+
+
+def test_who_reads_rows_in_half_precision_is_told(tmp_path):
+    """A later run with --storage float32 scores none of them anew."""
+    from prift.export import ExportOptions, export
+    from prift.methods import METHODS, weigher
+
+    lab = Lab(tmp_path, rows=40)
+    chosen = weigher(*METHODS["prift-mass"], {}, allow_negative=True)
+    options = ExportOptions(lab.model, lab.cache, lab.spec(), chosen, str(tmp_path / "w.parquet"))
+
+    def told(read) -> list[str]:
+        said = []
+        read(said)
+        return [line for line in said if "half precision" in line]
+
+    lab.precompute(text={"limit": 25}, storage="float16")
+    assert lab.precompute().scored == 15
+    (line,) = told(lambda said: export(options, said.append))
+    assert line.startswith("25 of 40 sequences are stored in half precision")
+    flags = "--max_steps 1"
+    assert told(lambda said: lab.train("out", "prift-mass", flags, said=said)) == [line]
+    whole = Lab(tmp_path / "whole", rows=40)
+    whole.precompute()
+    options = ExportOptions(
+        whole.model, whole.cache, whole.spec(), chosen, str(tmp_path / "w.parquet")
+    )
+    assert told(lambda said: export(options, said.append)) == []
