@@ -16,10 +16,10 @@ from prift.precompute import PrecomputeOptions, precompute
 from prift.request import request
 from prift.stats import CORE
 from prift.store.claims import Claims
+from prift.store.notes import CLAIMS
 from prift.store.parts import check_hash
 from prift.store.process import signature
 from prift.store.remote import open_root
-from prift.store.roots import CLAIMS
 from tests.lab import Lab
 
 FORKED = """

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from prift.errors import CacheError
 from prift.identity import canonical_json
 from prift.store.problems import Problem, Verified
 from prift.store.remote import open_root
-from prift.store.roots import Root
+from prift.store.roots import MAX_PART, Root
 from prift.store.verify import verify
 from prift.store.writer import CacheWriter
 from tests import cache_fixtures as fx
@@ -390,3 +391,13 @@ def test_on_a_store(lab, s3):
     assert result.exit_code == 1 and "hash" in problem["what"] and "s3://" in problem["where"]
     s3.put(names[path.parents[1] / "prior.json"], b"{}")
     assert len(json.loads(cli.prift(*words).stdout)["problems"]) == 2
+
+
+def test_a_part_too_large_for_one_is_a_problem_and_the_others_are_checked(tmp_path):
+    large = fx.add(tmp_path, [("one", 4, runs(1, 4), [1, 2, 3])])
+    fx.add(tmp_path, [("two", 4, runs(1, 4), [1, 2, 3])])
+    os.truncate(large, MAX_PART + 1)
+    done = verify(open_root(tmp_path), [IDENTITY.id], whole=True)
+    assert done.parts == 2
+    (told,) = [p.what for p in done.problems if large.name in p.where]
+    assert "too large for a part" in told

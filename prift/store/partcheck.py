@@ -13,7 +13,7 @@ from prift.errors import CacheError
 from prift.store import invariants, parts, spans
 from prift.store.doubles import Doubles
 from prift.store.problems import Problem, Verified
-from prift.store.roots import OpenPart, Part, Root, digest_in
+from prift.store.roots import MAX_PART, OpenPart, Part, Root, digest_in
 
 CORE = ("logprob", "log_mass_rank", "rank", "n_tie", "entropy")
 _NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{32}\.parquet")
@@ -43,6 +43,10 @@ class PartCheck:
         self._done.problems.append(Problem(self._prior, self._where, what, mend, **place))
 
     def run(self) -> None:
+        if self._part.size > MAX_PART:
+            self._done.parts += 1
+            self._wrong(f"it is too large for a part: {self._part.size:,} bytes")
+            return
         try:
             data = self._root.content(self._prior, self._part)
         except CacheError:

@@ -17,9 +17,9 @@ import pyarrow as pa
 from prift.errors import CacheError
 from prift.home import cache_home
 from prift.store.newfile import NewFile
+from prift.store.notes import CLAIMS, is_claim
 from prift.store.parts import damaged
 from prift.store.roots import (
-    CLAIMS,
     IDENTITY,
     MAX_IDENTITY,
     OpenPart,
@@ -27,7 +27,6 @@ from prift.store.roots import (
     Root,
     digest_in,
     digest_of_file,
-    is_claim,
     time_in,
     write_whole,
 )
