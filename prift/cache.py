@@ -214,7 +214,7 @@ class PriorCache:
         rows = index.find(keys, flat, counts, names)
         if (rows < 0).any():
             raise MissingPrior(f"{int((rows < 0).sum())} sequences have no row")
-        copy = _Copy(index.cover(rows, flat, counts)[1], flat, counts)
+        copy = spans.Copy(index.cover(rows, flat, counts)[1], flat, counts)
         out = {n: np.empty(copy.total, parts.COLUMN_TYPES[n]) for n in names}
         chosen = np.argsort(rows, kind="stable")  # sequences in the order of the rows they need
         group = np.searchsorted(index.group_ends, rows[chosen], "right")
@@ -230,7 +230,7 @@ class PriorCache:
         rows: np.ndarray,
         chosen: np.ndarray,
         group: np.ndarray,
-        copy: "_Copy",
+        copy: spans.Copy,
         out: dict[str, np.ndarray],
     ) -> None:
         """Fills in what these row groups of a part have: chosen = sequences in the order of their
@@ -255,26 +255,3 @@ class PriorCache:
             source, target = copy.indices(own, begins[rows[own] - first])
             for statistic, (flat, _) in values.items():
                 out[statistic][target] = flat[source]
-
-
-class _Copy:
-    """Where each wanted run comes from and goes to.
-
-    offsets       of each wanted run within its row's values
-    flat, counts  the wanted runs, row by row
-    """
-
-    def __init__(self, offsets: np.ndarray, flat: np.ndarray, counts: np.ndarray):
-        self._offsets, self._runs = offsets, counts // 2
-        self._first = np.cumsum(self._runs) - self._runs
-        self._sizes = flat[1::2].astype(np.int64) - flat[::2]
-        ends = np.cumsum(self._sizes)
-        self._targets = ends - self._sizes
-        self.total = int(ends[-1]) if len(ends) else 0
-
-    def indices(self, sequences: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, target) of every value of these sequences, whose rows' values begin there."""
-        runs = spans.joined(self._first[sequences], self._runs[sequences])
-        begins = np.repeat(begins, self._runs[sequences]) + self._offsets[runs]
-        sizes = self._sizes[runs]
-        return spans.joined(begins, sizes), spans.joined(self._targets[runs], sizes)

@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
-from prift.backends import Scorer, hf, ray_data
+from prift.backends import Scorer
 from prift.background import Consumer, Prefetch
 from prift.cache import PriorCache
-from prift.errors import CacheError, OptionError
+from prift.engines import PrecomputeOptions, identify, load_scorer, suited_rows
+from prift.errors import CacheError
 from prift.identity import PriorIdentity
 from prift.models import load_config, locate, weight_files
 from prift.plan import Plan, Planner, lacking
@@ -33,39 +32,12 @@ from prift.store.remote import open_root
 from prift.store.roots import IDENTITY, Root
 from prift.store.writer import CacheWriter
 from prift.text.dataspec import DataSpec
-from prift.text.examples import WINDOW_ROWS, Window
+from prift.text.examples import Window
 from prift.text.report import Report
 from prift.turns import Turns
 
 _AHEAD = 1  # planned windows that wait; one more is being made
 _UNWRITTEN = 512  # scored rows that wait for the writer, so that one long write stops nobody
-
-
-@dataclass(frozen=True)
-class PrecomputeOptions:
-    """How the prior is run. See `prift precompute --help`.
-
-    window_rows  see examples.load_windows; None: what suits the engine
-    shard        the share of the sequences that is scored here; None: all
-    device       see placement.place
-    """
-
-    dtype: str = "auto"
-    logits_dtype: str = "float32"
-    attention: str = "auto"
-    positions: str = "labels"
-    statistics: str = "core"
-    batch_tokens: int | None = None
-    compiled: bool | None = None
-    part_seconds: float = 60.0
-    storage: str = "float32"
-    trust_remote_code: bool = False
-    engine: str = "local"
-    ray_workers: int | None = None
-    ray_gpus: int | None = None
-    window_rows: int | None = None
-    shard: Shard | None = None
-    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +74,7 @@ def precompute(
     folder = locate(model, trust_remote_code=options.trust_remote_code)
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
-    rows = options.window_rows or _suited_rows(options)
+    rows = options.window_rows or suited_rows(options)
     tokenizer = spec.tokenizer_of(folder)
 
     def read(advance: Callable[[int], None]) -> Iterator[Window]:
@@ -113,7 +85,7 @@ def precompute(
         windows, report, known = _begun(read, ahead.check)
         for line in known:
             say(line)
-        identity = _identify(folder, config, options)
+        identity = identify(folder, config, options)
         root = open_root(cache_root)
         _check_identity(root, identity)
         cache = PriorCache(root, identity, keys_only=True)
@@ -126,7 +98,7 @@ def precompute(
         turns = Turns(cache, claims, planner.names, lambda: read(lambda amount: None), say)
 
         def load() -> tuple[Scorer, dict[str, str]]:
-            scorer = _load(model, folder, config, identity, options, say)
+            scorer = load_scorer(model, folder, config, identity, options, say)
             how = {"positions": options.positions, "batch_tokens": options.batch_tokens}
             return scorer, provenance(model, folder, tokenizer, spec, scorer.device_name, how)
 
@@ -193,16 +165,6 @@ def _work(
         raise
 
 
-def _identify(folder: Path, config: Any, options: PrecomputeOptions) -> PriorIdentity:
-    return hf.identify(
-        folder,
-        config,
-        dtype=options.dtype,
-        logits_dtype=options.logits_dtype,
-        attention=options.attention,
-    )
-
-
 def _check_identity(root: Root, identity: PriorIdentity) -> None:
     """Raises CacheError for a prior.json in the prior's folder that is another's or none: no reader
     would find what is stored beside it."""
@@ -218,36 +180,6 @@ def _check_identity(root: Root, identity: PriorIdentity) -> None:
     raise CacheError(
         f"{why}. `prift cache verify --cache {shlex.quote(root.given)}` says what mends it."
     )
-
-
-def _suited_rows(options: PrecomputeOptions) -> int:
-    """Rows of a window for the engine. Raises OptionError where that is not there."""
-    if options.engine == "ray":
-        ray_data.check_installed()
-        return ray_data.WINDOW_ROWS
-    if options.ray_workers is not None or options.ray_gpus is not None:
-        raise OptionError("--ray-workers and --ray-gpus are for --engine ray")
-    return WINDOW_ROWS
-
-
-def _load(
-    model: str,
-    folder: Path,
-    config: Any,
-    identity: PriorIdentity,
-    options: PrecomputeOptions,
-    say: Callable[[str], None],
-) -> Scorer:
-    how: dict[str, Any] = {
-        "batch_tokens": options.batch_tokens,
-        "compiled": options.compiled,
-        "trust_remote_code": options.trust_remote_code,
-        "say": say,
-    }
-    if options.engine == "ray":
-        share = {"workers": options.ray_workers, "gpus": options.ray_gpus}
-        return ray_data.load(model, identity, **share, **how)
-    return hf.load(folder, config, identity, device=options.device, **how)
 
 
 def _begun(

@@ -96,7 +96,7 @@ LAYERS = {
     }
     | {"store.merging", "store.compact", "store.copying", "store.gc"},
     # the two commands
-    5: {"precompute", "deepcheck", "training_data", "export", "stepcheck", "train"},
+    5: {"engines", "precompute", "deepcheck", "training_data", "export", "stepcheck", "train"},
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 """Module -> layer. A module imports its own layer and those below it, and never in a circle."""
@@ -238,7 +238,7 @@ def test_text_and_cache_know_no_tensors(name):
 
 def test_the_reader_of_imports_reads_them():
     assert {"training_data", "trainer", "output"} <= own_imports("train")
-    assert "backends.hf" in own_imports("precompute")  # `from prift.backends import ... hf`
+    assert "backends.hf" in own_imports("engines")  # `from prift.backends import ... hf`
     assert {"stats", "weigher", "heads"} <= reachable("train")
 
 
@@ -268,7 +268,7 @@ def test_only_precompute_and_its_backends_know_backends():
     users = {name for name in MODULES if "backends" in {n.split(".")[0] for n in own_imports(name)}}
     assert {"precompute", "backends.hf"} <= users
     outside = {name for name in users if name.split(".")[0] != "backends"}
-    assert outside == {"precompute", "scoring", "deepcheck"}
+    assert outside == {"engines", "precompute", "scoring", "deepcheck"}
 
 
 TRAIN = """

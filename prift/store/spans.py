@@ -91,3 +91,26 @@ def joined(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def _row_of_runs(counts: np.ndarray) -> np.ndarray:
     return np.repeat(np.arange(len(counts), dtype=np.int64), counts // 2)
+
+
+class Copy:
+    """Where each wanted run comes from and goes to.
+
+    offsets       of each wanted run within its row's values
+    flat, counts  the wanted runs, row by row
+    """
+
+    def __init__(self, offsets: np.ndarray, flat: np.ndarray, counts: np.ndarray):
+        self._offsets, self._runs = offsets, counts // 2
+        self._first = np.cumsum(self._runs) - self._runs
+        self._sizes = flat[1::2].astype(np.int64) - flat[::2]
+        ends = np.cumsum(self._sizes)
+        self._targets = ends - self._sizes
+        self.total = int(ends[-1]) if len(ends) else 0
+
+    def indices(self, sequences: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, target) of every value of these sequences, whose rows' values begin there."""
+        runs = joined(self._first[sequences], self._runs[sequences])
+        begins = np.repeat(begins, self._runs[sequences]) + self._offsets[runs]
+        sizes = self._sizes[runs]
+        return joined(begins, sizes), joined(self._targets[runs], sizes)
