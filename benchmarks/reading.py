@@ -125,7 +125,7 @@ def main() -> None:
     table(["what", "microseconds an example", "of a step"], lines)
     print(
         f"\na step: {found['step'] / 1000:.1f} ms; once at the start: {found['open']:.1f} "
-        f"microseconds an example to weigh and cut, {found['MiB']:.0f} MiB"
+        f"microseconds an example to cut them, {found['MiB']:.0f} MiB"
     )
     write(options.json, found)
 
