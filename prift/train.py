@@ -145,6 +145,8 @@ def _sizes(options: TrainOptions, training: Any) -> tuple[int, int, list[str]]:
         more.append("compute activations twice: `-- --gradient_checkpointing`")
     if not options.lora_r:
         more.append("train an adapter: `--lora-r 16`")
+    if options.weigher.source == "prior":
+        more.append("run whole sequences for nll and drift less often: `--full-metrics-steps N`")
     if options.eval_data:
         more.append("while evaluating, lower per_device_eval_batch_size")
     return training.per_device_train_batch_size, training.gradient_accumulation_steps, more
