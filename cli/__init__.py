@@ -12,6 +12,7 @@ from .export import export
 from .precompute import precompute
 from .rules import rules
 from .train import train
+from .weigh import weigh
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -22,6 +23,7 @@ def main() -> None:
     \b
     prift precompute   runs the pretrained model once over the data and stores, per token,
                        what it thought: statistics, not weights
+    prift weigh        shows what a rule would do to the data, before anything is trained
     prift train        trains with any rule that turns those statistics into weights;
                        no reference model is loaded
     prift cache        looks at what lies in the cache, checks it, shares it
@@ -30,6 +32,7 @@ def main() -> None:
 
 
 main.add_command(precompute)
+main.add_command(weigh)
 main.add_command(train)
 main.add_command(cache)
 main.add_command(rules)

@@ -1,7 +1,7 @@
 """How what is found in a cache looks: a table, and bars made of text."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,8 +14,10 @@ _CORE = ("logprob", "log_mass_rank", "rank", "n_tie", "entropy")
 _TITLES = {"log_mass_rank": "mass rank u"}
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints it: a rich table on a terminal, aligned text elsewhere."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = _NUMBERS
+) -> None:
+    """Prints it: a rich table on a terminal, aligned text elsewhere. numbers: columns of them."""
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console
@@ -24,7 +26,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
         drawn = Table(box=box.SIMPLE_HEAD)
         for name in columns:
-            drawn.add_column(name, justify="right" if name in _NUMBERS else "left")
+            drawn.add_column(name, justify="right" if name in numbers else "left")
         for row in rows:
             drawn.add_row(*map(escape, row))
         Console().print(drawn)
@@ -32,7 +34,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         cells = (
-            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
+            cell.rjust(width) if name in numbers else cell.ljust(width)
             for name, cell, width in zip(columns, row, widths, strict=True)
         )
         click.echo("  ".join(cells).rstrip())
@@ -116,14 +118,14 @@ def info_lines(found: dict[str, Any]) -> Iterator[str]:
             for name, one in found["columns"].items()
         },
     )
-    yield from _bars("length", found["lengths"]["bins"], "rows", whole=True)
+    yield from bars("length", found["lengths"]["bins"], "rows", whole=True)
     if found["histograms"]:
         yield ""
         yield f"of {found['sampled_tokens']:,} tokens:"
     for name, one in found["histograms"].items():
         mean = "" if one["mean"] is None else f", mean {one['mean']:.4g}"
         title = _TITLES.get(name, name) + mean
-        yield from _bars(title, one["bins"], "tokens", name in ("rank", "n_tie"))
+        yield from bars(title, one["bins"], "tokens", name in ("rank", "n_tie"))
 
 
 def _rows(found: dict[str, Any]) -> dict[str, str]:
@@ -161,7 +163,7 @@ def _section(title: str, facts: dict[str, Any]) -> Iterator[str]:
         yield f"  {name.ljust(width)}  {'none' if value is None else value}"
 
 
-def _bars(
+def bars(
     title: str, bins: Sequence[dict[str, Any]], unit: str, whole: bool = False
 ) -> Iterator[str]:
     """One line per bin from the first that holds something to the last. whole: of numbers that
@@ -175,8 +177,8 @@ def _bars(
     total, most = sum(one["count"] for one in bins), max(one["count"] for one in bins)
     labels = [_label(one, whole) for one in shown]
     for label, one in zip(labels, shown, strict=True):
-        bar = _bar(one["count"] / most)
-        yield f"  {label.rjust(max(map(len, labels)))}  {bar} {one['count'] / total:6.1%}"
+        drawn = bar(one["count"] / most)
+        yield f"  {label.rjust(max(map(len, labels)))}  {drawn} {one['count'] / total:6.1%}"
 
 
 def _label(one: dict[str, Any], whole: bool) -> str:
@@ -189,7 +191,7 @@ def _label(one: dict[str, Any], whole: bool) -> str:
     return f"{begin:g}" if begin == end else f"{begin:g} to {end:g}"
 
 
-def _bar(share: float) -> str:
+def bar(share: float) -> str:
     """Blocks of an eighth where the output can hold them."""
     try:
         "█▏".encode(sys.stdout.encoding or "ascii")

@@ -68,12 +68,8 @@ def chosen_weigher(ctx: click.Context, options: dict[str, Any]) -> Any:
     method, rule, source = given["method"], given["rule"], given["source"]
     if (method is None) == (rule is None) or (method and source):
         raise OptionError("choose one of --method NAME, or --rule NAME with --source prior|online.")
-    from_file = ctx.get_parameter_source("rule") is click.core.ParameterSource.DEFAULT_MAP
-    if rule and ":" in rule and from_file and not given["allow_import"]:
-        raise OptionError(
-            f"the config file names the rule {rule}, which is code that would run. Where you trust "
-            "it, add --allow-import."
-        )
+    if rule:
+        refuse_code_of_file(ctx, "rule", rule, given["allow_import"])
     arguments = key_values(given["rule_arg"], "--rule-arg")
     if given["ties"] and "ties" in arguments:
         raise OptionError("--ties and --rule-arg ties= say the same thing: give one of them.")
@@ -93,3 +89,13 @@ def chosen_weigher(ctx: click.Context, options: dict[str, Any]) -> Any:
         most=given["max_weight"],
         allow_negative=given["allow_negative"],
     )
+
+
+def refuse_code_of_file(ctx: click.Context, option: str, rule: str, allowed: bool) -> None:
+    """Raises OptionError for a rule by import path that a config file names in this option."""
+    from_file = ctx.get_parameter_source(option) is click.core.ParameterSource.DEFAULT_MAP
+    if ":" in rule and from_file and not allowed:
+        raise OptionError(
+            f"the config file names the rule {rule}, which is code that would run. Where you trust "
+            "it, add --allow-import."
+        )

@@ -21,16 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prift import __version__
-from prift.cache import PriorCache
-from prift.choice import choose_for, command_for
 from prift.errors import OptionError, PriftError
 from prift.identity import PriorIdentity
-from prift.models import load_config, locate
 from prift.progress import progress
-from prift.request import read_prior, request
+from prift.scored import read_scored, refuse_unknown_weights
 from prift.store.newfile import NewFile
 from prift.store.parts import COLUMN_TYPES
-from prift.store.remote import open_root
 from prift.text.dataspec import DataSpec
 from prift.text.examples import Examples
 from prift.weigher import Weigher
@@ -79,16 +75,8 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     """
     write, place = _writer_for(options.output), Path(options.output).expanduser()
     names = _needed(options)
-    folder = locate(options.model, trust_remote_code=options.trust_remote_code)
-    config = load_config(folder, options.trust_remote_code)
-    identity = choose_for(options, folder, config, names)
-    say(f"prior {identity.id} ({identity.dtype}, {identity.backend})")
-    examples, _ = options.spec.load(folder, config)
-    for line in examples.report.lines():
-        say(line)
-    command = command_for(options, options.spec, identity, folder, config, names)
-    cache = PriorCache(open_root(options.cache), identity)
-    prior = read_prior(cache, examples, request(examples), names, command, say)
+    scored = read_scored(options, names, say)
+    identity, examples, prior = scored.identity, scored.examples, scored.prior
     weights = weigh(options.weigher, examples.label_counts, prior)
     check_weights(options.weigher, weights, examples)
     values = {"weights": weights, **{name: prior[name] for name in options.statistics}}
@@ -118,21 +106,15 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     )
 
 
-def _needed(options: ExportOptions) -> list[str]:
+def _needed(options: ExportOptions) -> set[str]:
     """Statistics to read. Raises OptionError for what cannot be exported."""
     weigher, names = options.weigher, options.statistics
-    if weigher.source == "online":
-        raise OptionError(
-            f"rule {weigher.name} is asked for with the model in training as its source, whose "
-            "statistics change with every step: only weights from the prior can be exported."
-        )
-    if weigher.base:
-        raise OptionError(f"rule {weigher.name} compares two priors, which export does not read.")
+    refuse_unknown_weights(weigher, "export", "exported")
     if unknown := [name for name in names if name not in COLUMN_TYPES]:
         raise OptionError(
             f"--column {unknown[0]}: no such statistic. There are: {', '.join(COLUMN_TYPES)}."
         )
-    return sorted({"logprob", *weigher.needs, *names})
+    return {"logprob", *weigher.needs, *names}
 
 
 def _tables(

@@ -54,15 +54,22 @@ def check_weights(weigher: Weigher, weights: np.ndarray, examples: Examples) -> 
     found = np.flatnonzero(bad)
     if not len(found):
         return
-    ends = np.cumsum(examples.label_counts)
-    index = int(np.searchsorted(ends, found[0], "right"))
-    within = int(found[0] - ends[index] + examples.label_counts[index])
-    place = int(np.flatnonzero(examples[index].label_mask)[within])
+    ((index, place),) = places(examples, found[:1])
     wanted = "finite" if weigher.signed else "finite, 0 or more"
     raise PriftError(
         f"rule {weigher.name} weighs token {place} of {examples.where(index)} "
         f"{float(weights[found[0]])}; wanted {wanted}. --max-weight bounds what grows too large."
     )
+
+
+def places(examples: Examples, tokens: np.ndarray) -> list[tuple[int, int]]:
+    """(example, position in it) of label tokens counted over all examples in order."""
+    ends, found = np.cumsum(examples.label_counts), []
+    for token in tokens:
+        index = int(np.searchsorted(ends, token, "right"))
+        within = int(token - ends[index] + examples.label_counts[index])
+        found.append((index, int(np.flatnonzero(examples[index].label_mask)[within])))
+    return found
 
 
 def _stats(values: Mapping[str, np.ndarray], names: tuple[str, ...], own: slice) -> TokenStats:

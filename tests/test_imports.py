@@ -84,7 +84,8 @@ LAYERS = {
     | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
-    | {"provenance", "choice", "sequences", "columns", "weighing", "dataset", "trainer"}
+    | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "dataset"}
+    | {"trainer"}
     | {
         "store.inventory",
         "store.histograms",
@@ -96,7 +97,8 @@ LAYERS = {
     }
     | {"store.merging", "store.compact", "store.copying", "store.gc"},
     # the two commands
-    5: {"engines", "precompute", "deepcheck", "training_data", "export", "stepcheck", "train"},
+    5: {"engines", "precompute", "deepcheck", "training_data", "export", "preview"}
+    | {"stepcheck", "train"},
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 """Module -> layer. A module imports its own layer and those below it, and never in a circle."""

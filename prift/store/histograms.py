@@ -27,7 +27,8 @@ EDGES = {
 """Bins of each statistic, ascending: edge <= value < next edge, the last with both. Those of
 logprob hold the upper edge instead. log_mass_rank is shown as u itself."""
 
-_LENGTHS = (*(1 << n for n in range(17)), np.inf)
+LENGTHS = (*(1 << n for n in range(17)), np.inf)
+"""Bins of lengths in tokens."""
 
 
 def describe(
@@ -55,7 +56,7 @@ def describe(
             "min": int(lengths.min(initial=1 << 31)) if len(lengths) else None,
             "median": float(np.median(lengths)) if len(lengths) else None,
             "max": int(lengths.max()) if len(lengths) else None,
-            "bins": _bins(*_counted(lengths, _LENGTHS)),
+            "bins": bins(*counted(lengths, LENGTHS)),
         },
         "bytes_per_token": contents.bytes / scored if scored else None,
         **_histograms(contents, tokens, advance),
@@ -121,7 +122,7 @@ def _histograms(contents: Contents, tokens: int, advance: Callable[[int], None])
             continue
         for name, (flat, _) in values.items():
             shown = np.exp(flat) if name == "log_mass_rank" else flat
-            counts[name] += _counted(shown, EDGES[name], upper=name == "logprob")[0]
+            counts[name] += counted(shown, EDGES[name], upper=name == "logprob")[0]
             finite = shown[np.isfinite(shown)]
             sums[name] += finite.sum(dtype=np.float64), len(finite)
         advance(int(sizes[group]))
@@ -130,14 +131,14 @@ def _histograms(contents: Contents, tokens: int, advance: Callable[[int], None])
         "histograms": {
             name: {
                 "mean": sums[name][0] / sums[name][1] if sums[name][1] else None,
-                "bins": _bins(counts[name], EDGES[name]),
+                "bins": bins(counts[name], EDGES[name]),
             }
             for name in counts
         },
     }
 
 
-def _counted(values: np.ndarray, edges: tuple, upper: bool = False) -> tuple[np.ndarray, tuple]:
+def counted(values: np.ndarray, edges: tuple, upper: bool = False) -> tuple[np.ndarray, tuple]:
     """(int64 [bins], edges): how many values each bin holds. NaN and what no bin holds: none."""
     values = values[~np.isnan(values)].astype(np.float64)
     at = np.searchsorted(edges, values, "left" if upper else "right") - 1
@@ -147,7 +148,7 @@ def _counted(values: np.ndarray, edges: tuple, upper: bool = False) -> tuple[np.
     return np.bincount(at[inside], minlength=len(edges) - 1), edges
 
 
-def _bins(counts: np.ndarray, edges: tuple) -> list[dict[str, Any]]:
+def bins(counts: np.ndarray, edges: tuple) -> list[dict[str, Any]]:
     """[{'from', 'to', 'count'}]; null for infinity."""
     ends = [float(edge) if np.isfinite(edge) else None for edge in edges]
     triples = zip(ends, ends[1:], counts.tolist(), strict=False)

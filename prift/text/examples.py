@@ -76,6 +76,12 @@ class Examples(Sequence[Example]):
         """File and line (or row number), counted from 1: "gsm8k_train.jsonl:17"."""
         return self._store.where(self._order[index])
 
+    def files(self) -> tuple[list[str], np.ndarray]:
+        """(names as in `where`, each once; int64 [N]: which of them each example is from)."""
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(self._store.files))}
+        of_run = np.array([numbers[name] for name in self._store.files], np.int64)
+        return list(numbers), of_run[np.frombuffer(self._store.file, np.int32)][self._order]
+
     def max_id(self) -> int:
         """The largest token id, to ask whether a vocabulary has it; -1 where there is none."""
         return int(self._ids.max(initial=-1))

@@ -1,0 +1,184 @@
+"""`prift weigh`."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+
+from .cache import json_option
+from .command import Command, common, key_values, quiet, say
+from .options import cache_root, data_options, data_spec
+from .tables import bar, bars, table
+from .weighting import chosen_weigher, refuse_code_of_file, weighting_options
+
+_SHARES = ("label tokens", "share of tokens", "kept", "mean weight", "share of weight")
+
+
+@click.command(cls=Command)
+@click.option(
+    "--model",
+    required=True,
+    metavar="M",
+    help="Model to be trained: its tokenizer makes the ids, and its prior is read.",
+)
+@data_options
+@cache_root
+@weighting_options
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="R[,K=V]",
+    help="Another rule to look at, its options behind commas, as prob,power=2. Repeatable.",
+)
+@click.option(
+    "--prior",
+    metavar="MODEL|ID",
+    help="Which prior of the cache to read.  [default: the only one of --model]",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=0),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="How many of the most and of the least weighted tokens to show.",
+)
+@json_option
+@common
+@click.pass_context
+def weigh(ctx: click.Context, json_output: bool, compare: tuple[str, ...], **options: Any) -> None:
+    """Show what a rule would do to the data, before anything is trained.
+
+    How many tokens it keeps, how much they weigh, which they are, and what learning rate makes
+    steps as large as SFT's. Takes the data options of prift train, reads the cache alone, and loads
+    no model.
+
+    \b
+    Example:
+      prift weigh --model Qwen/Qwen2.5-1.5B --data train.jsonl --cache prior-cache \\
+        --method prift-mass --compare prob
+    """
+    from prift.preview import PreviewOptions, preview
+
+    if options["rule"] and options["source"] is None:
+        options["source"] = "prior"  # no other is known before training
+    allowed = {name: options[name] for name in ("allow_negative", "allow_import")}
+    weighers = [chosen_weigher(ctx, options)]
+    weighers += [_compared(ctx, text, **allowed) for text in compare]
+    quiet()
+    spec = data_spec(options)
+    del options["config"], options["debug"]
+    found = preview(PreviewOptions(spec=spec, weighers=tuple(weighers), **options), say)
+    if json_output:
+        click.echo(json.dumps(found))
+        return
+    _show(found)
+
+
+def _compared(ctx: click.Context, text: str, allow_negative: bool, allow_import: bool) -> Any:
+    """The Weigher of one --compare. Raises OptionError."""
+    from prift.methods import weigher
+
+    rule, *pairs = text.split(",")
+    refuse_code_of_file(ctx, "compare", rule, allow_import)
+    arguments = key_values(tuple(pairs), "--compare")
+    return weigher(rule, "prior", arguments, allow_negative=allow_negative)
+
+
+def _show(found: dict[str, Any]) -> None:
+    click.echo(
+        f"{found['examples']:,} examples, {found['label_tokens']:,} of {found['tokens']:,} tokens "
+        "are trained\n"
+    )
+    titles = [_title(one) for one in found["rules"]]
+    columns = ("rule", "kept", "mean weight", "effective tokens", "loss", "learning rate")
+    rows = [
+        (
+            title,
+            f"{one['kept_share']:.1%}",
+            f"{one['mean_weight']:.4f}",
+            f"{one['effective_tokens']:,.0f} ({one['effective_share']:.1%})",
+            _number(one["loss"], ".4f"),
+            _number(one["learning_rate_factor"], ".3g", "x "),
+        )
+        for title, one in zip(titles, found["rules"], strict=True)
+    ]
+    table(columns, rows, columns[1:])
+    for title, one in zip(titles, found["rules"], strict=True):
+        for line in _rule_lines(title, one, found["sft_loss"]):
+            click.echo(line)
+        lengths = [(_span(group), *_shares(group)) for group in one["lengths"]]
+        files = [(_plain(group["file"]), *_shares(group)) for group in one["files"]]
+        for name, groups in (("tokens of a sequence", lengths), ("file", files)):
+            click.echo()
+            table((name, *_SHARES), groups, _SHARES)
+        for name in ("most", "least"):
+            if one[name]:
+                click.echo(f"\nweigh {name} (equal weights: a random choice)")
+            for token in one[name]:
+                click.echo(_token(token))
+    click.echo("\nmass keeps, by threshold")
+    for one in found["thresholds"]:
+        share = one["kept_share"]
+        click.echo(f"  {one['threshold']:.1f}  {bar(share)} {share:6.1%}")
+
+
+def _rule_lines(title: str, one: dict[str, Any], sft_loss: float | None) -> Iterator[str]:
+    yield f"\n== {title}"
+    if one["learning_rate_factor"] is None:
+        yield "Its weights sum to nothing that a learning rate could make up for."
+    else:
+        yield (
+            f"Its weights average {one['mean_weight']:.4g}, which scales the gradient. With SGD, "
+            f"{one['learning_rate_factor']:.3g} times\nSFT's learning rate gives SFT's step size; "
+            "Adam's steps follow a constant factor little."
+        )
+    if sft_loss and one["loss"]:
+        yield (
+            f"Its loss begins at {one['loss']:.4g}, SFT's at {sft_loss:.4g}, "
+            f"{sft_loss / one['loss']:.3g} times that. A weighted loss often reads\n10 to 20 times "
+            "smaller than SFT's, which is no sign of a better model: compare nll."
+        )
+    yield from bars("weights", one["histogram"], "tokens")
+
+
+def _title(one: dict[str, Any]) -> str:
+    """Rule and options, as they are asked for."""
+    pairs = [f"{k}={v}" for arguments in one["arguments"] for k, v in arguments.items()]
+    pairs += [f"mix={one['mix']:g}"] if one["mix"] else []
+    bounds = [(name, one[name]) for name in ("min_weight", "max_weight")]
+    pairs += [f"{name.replace('_', '-')}={value:g}" for name, value in bounds if value is not None]
+    return " ".join([one["rule"], *pairs])
+
+
+def _span(group: dict[str, Any]) -> str:
+    end = group["to"]
+    return f"{group['from']:g} and more" if end is None else f"{group['from']:g} to {end - 1:g}"
+
+
+def _shares(group: dict[str, Any]) -> Sequence[str]:
+    return (
+        f"{group['label_tokens']:,}",
+        f"{group['share_of_tokens']:.1%}",
+        f"{group['kept_share']:.1%}",
+        f"{group['mean_weight']:.4f}",
+        _number(group["share_of_weight"], ".1%"),
+    )
+
+
+def _number(value: float | None, form: str, before: str = "") -> str:
+    return "none" if value is None else before + format(value, form)
+
+
+def _token(one: dict[str, Any]) -> str:
+    before, token, after = (_plain(one[name]) for name in ("before", "token", "after"))
+    return f"  {one['weight']:.4f}  {_plain(one['where'])}  {before}[[{token}]]{after}"
+
+
+def _plain(text: str) -> str:
+    """On one line: escapes for what does not print, and for what the output cannot hold."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    encoding = sys.stdout.encoding or "ascii"
+    return shown.encode(encoding, "backslashreplace").decode(encoding)

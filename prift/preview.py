@@ -1,0 +1,199 @@
+"""What rules would do to a data set, told from the cache before anything is trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prift.errors import OptionError
+from prift.methods import weigher as weigher_of
+from prift.scored import Scored, read_scored, refuse_unknown_weights
+from prift.store.histograms import LENGTHS, bins, counted
+from prift.text.dataspec import DataSpec
+from prift.weigher import Weigher
+from prift.weighing import check_weights, places, weigh
+
+THRESHOLDS = tuple(i / 10 for i in range(1, 10))
+"""Of the rule mass, compared."""
+
+_EDGES = (-np.inf, *(i / 10 for i in range(11)), 2.0, 4.0, 8.0, 16.0, np.inf)
+_BEFORE, _AFTER = 12, 4  # tokens of context
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    """What is weighed, and by which rules. See `prift weigh --help`.
+
+    weighers  rules whose source is the prior
+    tokens    how many of the most and of the least weighted tokens are shown
+    """
+
+    model: str
+    cache: str
+    spec: DataSpec
+    weighers: tuple[Weigher, ...]
+    prior: str | None = None
+    tokens: int = 8
+    trust_remote_code: bool = False
+
+
+def preview(options: PreviewOptions, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """All that `prift weigh --json` prints; shares and means are over label tokens.
+
+    Raises OptionError for a rule that the prior does not decide, MissingPrior for data or a
+    statistic that the cache lacks, DataError, CacheError, ModelError, and PriftError for weights
+    that are not finite.
+    """
+    if options.tokens < 0:
+        raise OptionError(f"--tokens {options.tokens} should be a number of tokens, 0 or more")
+    for one in options.weighers:
+        refuse_unknown_weights(one, "weigh", "known before training")
+    masses = _masses(options.weighers)
+    names = {"logprob"}.union(*(one.needs for one in (*options.weighers, *masses)))
+    scored = read_scored(options, names, say)
+    examples, prior = scored.examples, scored.prior
+    return {
+        "prior": scored.identity.id,
+        "examples": len(examples),
+        "tokens": examples.num_tokens,
+        "label_tokens": examples.num_labels,
+        "sft_loss": _loss(np.ones(examples.num_labels, np.float32), prior["logprob"]),
+        "rules": [_described(one, scored, options.tokens) for one in options.weighers],
+        "thresholds": [
+            {"threshold": t, "kept_share": _share(weigh(one, examples.label_counts, prior))}
+            for t, one in zip(THRESHOLDS, masses, strict=True)
+        ],
+    }
+
+
+def _masses(weighers: tuple[Weigher, ...]) -> list[Weigher]:
+    """The rule mass at each threshold, with the ties of the first of these that is mass."""
+    given = [f.arguments for one in weighers for f in one.factors if f.rule.name == "mass"]
+    ties = given[0].get("ties", "paper") if given else "paper"
+    return [weigher_of("mass", "prior", {"threshold": str(t), "ties": ties}) for t in THRESHOLDS]
+
+
+def _described(weigher: Weigher, scored: Scored, count: int) -> dict[str, Any]:
+    examples, prior = scored.examples, scored.prior
+    weights = weigh(weigher, examples.label_counts, prior)
+    check_weights(weigher, weights, examples)
+    mean = float(weights.mean(dtype=np.float64))
+    files, file_of = examples.files()
+    length_of = np.searchsorted(LENGTHS, examples.lengths, "right") - 1
+    by_length = _grouped(weights, examples.label_counts, length_of, len(LENGTHS) - 1)
+    by_file = _grouped(weights, examples.label_counts, file_of, len(files))
+    lengths = bins(np.bincount(length_of, minlength=len(LENGTHS) - 1), LENGTHS)
+    return {
+        "rule": weigher.name,
+        "arguments": [factor.arguments for factor in weigher.factors],
+        "mix": weigher.mix,
+        "min_weight": weigher.least,
+        "max_weight": weigher.most,
+        "kept_share": _share(weights),
+        "mean_weight": mean,
+        **_effective(weights),
+        "loss": _loss(weights, prior["logprob"]),
+        "learning_rate_factor": 1 / mean if mean > 0 else None,
+        "histogram": _histogram(weights),
+        "lengths": [
+            {"from": bounds["from"], "to": bounds["to"], **one}
+            for bounds, one in zip(lengths, by_length, strict=True)
+            if one["examples"]
+        ],
+        "files": [
+            {"file": name, **one}
+            for name, one in zip(files, by_file, strict=True)
+            if one["examples"]
+        ],
+        "most": _tokens(scored, weights, _first(-weights, count)),
+        "least": _tokens(scored, weights, _first(weights, count)),
+    }
+
+
+def _share(weights: np.ndarray) -> float:
+    return float(np.count_nonzero(weights) / len(weights))
+
+
+def _effective(weights: np.ndarray) -> dict[str, float]:
+    """(sum w)^2 / sum w^2: so many tokens of equal weight say as much; and their share."""
+    squares = np.square(weights, dtype=np.float64).sum()
+    tokens = float(weights.sum(dtype=np.float64) ** 2 / squares) if squares else 0.0
+    return {"effective_tokens": tokens, "effective_share": tokens / len(weights)}
+
+
+def _loss(weights: np.ndarray, logprob: np.ndarray) -> float | None:
+    """Mean over label tokens of w * -log q(y), in nats: the loss where the model is the prior.
+    None where it is infinite."""
+    used = weights != 0
+    loss = float(-np.dot(weights[used].astype(np.float64), logprob[used]) / len(weights))
+    return loss + 0.0 if np.isfinite(loss) else None  # never -0
+
+
+def _histogram(weights: np.ndarray) -> list[dict[str, Any]]:
+    """Bins from <= w < to, in which exactly 0 and exactly 1 are bins of their own."""
+    found = bins(*counted(weights[(weights != 0) & (weights != 1)], _EDGES))
+    for value in (0.0, 1.0):
+        own = {"from": value, "to": value, "count": int(np.count_nonzero(weights == value))}
+        found.insert(next(i for i, one in enumerate(found) if one["from"] == value), own)
+    return found
+
+
+def _grouped(
+    weights: np.ndarray, counts: np.ndarray, group_of: np.ndarray, groups: int
+) -> list[dict[str, Any]]:
+    """Of each group of examples: its label tokens, and what of them weighs.
+
+    counts    int64 [E]: label tokens of each example, none 0
+    group_of  int64 [E], in [0, groups)
+    """
+    begins = np.cumsum(counts) - counts
+
+    def total(values: np.ndarray, kind: type) -> np.ndarray:
+        each = np.add.reduceat(values, begins, dtype=kind)
+        return np.bincount(group_of, each, groups)
+
+    labels, kept = np.bincount(group_of, counts, groups), total(weights != 0, np.int64)
+    sums, everything = total(weights, np.float64), weights.sum(dtype=np.float64)
+    return [
+        {
+            "examples": int(number),
+            "label_tokens": int(labels[i]),
+            "kept_share": float(kept[i] / labels[i]) if number else None,
+            "mean_weight": float(sums[i] / labels[i]) if number else None,
+            "share_of_tokens": float(labels[i] / len(weights)),
+            "share_of_weight": float(sums[i] / everything) if everything else None,
+        }
+        for i, number in enumerate(np.bincount(group_of, minlength=groups))
+    ]
+
+
+def _first(keys: np.ndarray, count: int) -> np.ndarray:
+    """Where the smallest are, ascending; among equals a fixed random choice."""
+    count = min(count, len(keys))
+    if not count:
+        return np.zeros(0, np.int64)
+    last = np.partition(keys, count - 1)[count - 1]
+    found, tied = np.flatnonzero(keys < last), np.flatnonzero(keys == last)
+    drawn = np.random.default_rng(0).choice(tied, count - len(found), replace=False)
+    return np.concatenate([found[np.argsort(keys[found], kind="stable")], np.sort(drawn)])
+
+
+def _tokens(scored: Scored, weights: np.ndarray, at: np.ndarray) -> list[dict[str, Any]]:
+    """Label tokens with the text around them."""
+    found = []
+    for token, (index, place) in zip(at, places(scored.examples, at), strict=True):
+        ids, begin = scored.examples[index].input_ids, max(0, place - _BEFORE)
+        spans = (ids[begin:place], ids[place : place + 1], ids[place + 1 : place + 1 + _AFTER])
+        texts = [scored.tokenizer.decode(span.tolist()) for span in spans]
+        likely = float(scored.prior["logprob"][token])
+        found.append(
+            {
+                "where": scored.examples.where(index),
+                "position": place,
+                "weight": float(weights[token]),
+                "logprob": likely if np.isfinite(likely) else None,
+                **dict(zip(("before", "token", "after"), texts, strict=True)),
+            }
+        )
+    return found

@@ -1,0 +1,266 @@
+"""`prift weigh`: what rules would do to a data set."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoConfig
+
+from prift.cache import PriorCache, list_priors
+from prift.errors import CacheError, MissingPrior, OptionError
+from prift.methods import weigher
+from prift.preview import PreviewOptions, preview
+from prift.request import request
+from prift.text.dataspec import DataSpec
+from prift.text.examples import TextOptions
+from tests import cli_fixtures as cli
+from tests.lab import Lab
+
+
+def run(lab, *weighers, spec=None, **options):
+    given = PreviewOptions(lab.model, lab.cache, spec or lab.spec(), weighers, **options)
+    return preview(given, lambda line: None)
+
+
+def naive(lab, spec=None) -> list[dict]:
+    """Each label token with its example and statistics, from the cache's rows one by one."""
+    (identity,) = list_priors(lab.cache).values()
+    cache = PriorCache(lab.cache, identity)
+    config = AutoConfig.from_pretrained(lab.model)
+    examples, tokenizer = (spec or lab.spec()).load(Path(lab.model), config)
+    asked, found = request(examples), []
+    for i, example in enumerate(examples):
+        names = ["logprob", "log_mass_rank"]
+        values = cache.read(asked.keys[i : i + 1], asked.spans[i : i + 1], names)
+        for n, place in enumerate(np.flatnonzero(example.label_mask)):
+            found.append(
+                {
+                    "example": i,
+                    "where": examples.where(i),
+                    "length": len(example.input_ids),
+                    "position": int(place),
+                    "text": tokenizer.decode([int(example.input_ids[place])]),
+                    "logprob": float(values["logprob"][n]),
+                    "prob": float(np.exp(values["logprob"][n])),
+                    "u": float(np.exp(np.float64(values["log_mass_rank"][n]))),
+                }
+            )
+    return found
+
+
+def weights_of(tokens: list[dict], rule: str) -> np.ndarray:
+    return np.array([t["prob"] if rule == "prob" else float(t["u"] >= 0.5) for t in tokens])
+
+
+def check_groups(groups: list[dict], owns, tokens: list[dict], weights: np.ndarray) -> None:
+    """Each group against the tokens of which owns(group, token) is true."""
+    assert sum(group["label_tokens"] for group in groups) == len(tokens)
+    for group in groups:
+        own = np.array([owns(group, token) for token in tokens])
+        assert group["label_tokens"] == own.sum() > 0
+        members = {t["example"] for t, mine in zip(tokens, own, strict=True) if mine}
+        assert group["examples"] == len(members)
+        assert group["kept_share"] == pytest.approx((weights[own] != 0).mean())
+        assert group["mean_weight"] == pytest.approx(weights[own].mean(), rel=1e-6)
+        assert group["share_of_tokens"] == pytest.approx(own.mean())
+        assert group["share_of_weight"] == pytest.approx(weights[own].sum() / weights.sum())
+
+
+@pytest.mark.parametrize("rule", ["prob", "mass"])
+def test_numbers_are_those_of_the_definitions(lab, rule):
+    tokens = naive(lab)
+    weights = weights_of(tokens, rule)
+    found = run(lab, weigher(rule, "prior", {}))
+    (one,) = found["rules"]
+    assert found["label_tokens"] == len(tokens)
+    assert found["examples"] == tokens[-1]["example"] + 1
+    nll = -np.array([t["logprob"] for t in tokens])
+    assert found["sft_loss"] == pytest.approx(nll.mean(), rel=1e-6)
+    assert one["loss"] == pytest.approx((weights * nll).mean(), rel=1e-6)
+    assert one["kept_share"] == (weights != 0).mean()
+    assert one["mean_weight"] == pytest.approx(weights.mean(), rel=1e-6)
+    assert one["learning_rate_factor"] == pytest.approx(1 / weights.mean(), rel=1e-6)
+    size = weights.sum() ** 2 / (weights**2).sum()
+    assert one["effective_tokens"] == pytest.approx(size, rel=1e-6)
+    assert one["effective_share"] == pytest.approx(size / len(weights), rel=1e-6)
+    assert sum(one_bin["count"] for one_bin in one["histogram"]) == len(weights)
+    for b in one["histogram"]:
+        low, high = (np.inf * s if v is None else v for v, s in ((b["from"], -1), (b["to"], 1)))
+        if low == high:
+            assert b["count"] == (weights == low).sum()
+        else:
+            inside = (weights >= low) & (weights < high) & (weights != 0) & (weights != 1)
+            assert b["count"] == inside.sum()
+    check_groups(
+        one["lengths"],
+        lambda group, token: group["from"] <= token["length"] < (group["to"] or np.inf),
+        tokens,
+        weights,
+    )
+    assert len(one["lengths"]) > 1
+
+
+@pytest.mark.parametrize("rule", ["prob", "mass"])
+def test_tokens_shown_are_the_most_and_least_weighted(lab, rule):
+    tokens = naive(lab)
+    weights = weights_of(tokens, rule)
+    (one,) = run(lab, weigher(rule, "prior", {}), tokens=5)["rules"]
+    by_place = {(t["where"], t["position"]): (t, w) for t, w in zip(tokens, weights, strict=True)}
+    for name, ordered in (("least", np.sort(weights)), ("most", -np.sort(-weights))):
+        shown = one[name]
+        assert [t["weight"] for t in shown] == pytest.approx(ordered[:5].tolist(), rel=1e-6)
+        assert len({(t["where"], t["position"]) for t in shown}) == 5
+        for t in shown:
+            right, weight = by_place[t["where"], t["position"]]
+            assert (t["token"], t["logprob"]) == (right["text"], right["logprob"])
+            assert t["weight"] == pytest.approx(weight, rel=1e-6)
+
+
+def test_context_is_the_text_around_the_token(lab):
+    rows = [json.loads(line) for line in Path(lab.data).read_text().splitlines()]
+    (one,) = run(lab, weigher("prob", "prior", {}), tokens=20)["rules"]
+    for token in one["most"] + one["least"]:
+        row = rows[int(token["where"].rpartition(":")[2]) - 1]
+        whole = row["prompt"] + row["response"]
+        around = token["before"] + token["token"] + token["after"]
+        assert around.removesuffix("<|endoftext|>") in whole or token["after"] == ""
+        assert token["before"]
+    assert run(lab, weigher("prob", "prior", {}), tokens=0)["rules"][0]["most"] == []
+    everything = run(lab, weigher("prob", "prior", {}), tokens=10**6)
+    assert len(everything["rules"][0]["most"]) == everything["label_tokens"]
+
+
+def test_thresholds_are_compared(lab):
+    tokens = naive(lab)
+    shown = run(lab, weigher("prob", "prior", {}))["thresholds"]
+    assert [one["threshold"] for one in shown] == [i / 10 for i in range(1, 10)]
+    for one in shown:
+        u = np.array([t["u"] for t in tokens])
+        assert (abs(u - one["threshold"]) > 1e-6).all()
+        assert one["kept_share"] == (u >= one["threshold"]).mean()
+    assert shown[0]["kept_share"] > shown[-1]["kept_share"]
+
+
+def test_files_and_data_weights(lab, tmp_path):
+    lines = Path(lab.data).read_text().splitlines(keepends=True)
+    parts = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    parts[0].write_text("".join(lines[:10]))
+    parts[1].write_text("".join(lines[10:]))
+    data = tuple(map(str, parts))
+    spec = DataSpec(data=data, weights=(2, 1), text=TextOptions(max_length=60))
+    tokens = naive(lab, spec)
+    (one,) = run(lab, weigher("prob", "prior", {}), spec=spec)["rules"]
+    assert len(one["files"]) == 2 and one["files"][0]["examples"] == 20
+    check_groups(
+        one["files"],
+        lambda group, token: token["where"].rpartition(":")[0] == group["file"],
+        tokens,
+        weights_of(tokens, "prob"),
+    )
+
+
+def test_nothing_kept_and_plain_sft(lab):
+    none = weigher("rank", "prior", {"most": "1"}, most=0.0)
+    nothing, plain = run(lab, none, weigher("uniform", None, {}))["rules"]
+    assert (nothing["kept_share"], nothing["mean_weight"], nothing["effective_tokens"]) == (0, 0, 0)
+    assert nothing["learning_rate_factor"] is None and nothing["loss"] == 0
+    assert {group["share_of_weight"] for group in nothing["lengths"]} == {None}
+    assert (plain["mean_weight"], plain["effective_share"]) == (1, 1)
+    assert [(b["from"], b["to"]) for b in plain["histogram"] if b["count"]] == [(1, 1)]
+
+
+def test_what_the_prior_does_not_decide_is_refused(lab):
+    for chosen, options, kind, words in [
+        (weigher("prob", "online", {}), {}, OptionError, "can be known before training"),
+        (weigher("psft", "prior", {}), {}, OptionError, "compares two priors"),
+        (weigher("deft", "prior", {}), {}, MissingPrior, "no collision .*\n.*--statistics"),
+        (weigher("prob", "prior", {}), {"prior": "0" * 16}, CacheError, "holds no prior"),
+        (weigher("prob", "prior", {}), {"tokens": -1}, OptionError, "--tokens -1"),
+    ]:
+        with pytest.raises(kind, match=words):
+            run(lab, chosen, **options)
+
+
+def test_data_that_were_not_scored_are_refused_with_the_command(tmp_path):
+    lab = Lab(tmp_path, rows=5)
+    lab.precompute(text={"limit": 2})
+    with pytest.raises(
+        MissingPrior, match=r"3 of 5 sequences have no prior .*\n  prift precompute"
+    ):
+        run(lab, weigher("prob", "prior", {}))
+
+
+def words(lab, *more):
+    data = ["--model", lab.model, "--data", lab.data, "--max-length", "60", "--cache", lab.cache]
+    return ["weigh", *data, *more]
+
+
+RULE = {
+    "rule", "arguments", "mix", "min_weight", "max_weight", "kept_share", "mean_weight",
+    "effective_tokens", "effective_share", "loss", "learning_rate_factor", "histogram", "lengths",
+    "files", "most", "least",
+}  # fmt: skip
+
+
+def test_the_command_as_json(lab):
+    more = ["--method", "prift-mass", "--ties", "official-code", "--compare", "prob,power=2"]
+    done = cli.prift(*words(lab, *more, "--compare", "uniform", "--tokens", "2", "--json"))
+    cli.succeeded(done)
+    found = json.loads(done.stdout)
+    assert set(found) == {
+        "prior", "examples", "tokens", "label_tokens", "sft_loss", "rules", "thresholds"
+    }  # fmt: skip
+    assert [set(one) for one in found["rules"]] == [RULE] * 3
+    named = [(one["rule"], one["arguments"]) for one in found["rules"]]
+    assert named == [
+        ("mass", [{"ties": "official-code"}]), ("prob", [{"power": 2.0}]), ("uniform", [{}])
+    ]  # fmt: skip
+    (squared,) = run(lab, weigher("prob", "prior", {"power": "2"}))["rules"]
+    assert found["rules"][1]["mean_weight"] == squared["mean_weight"]
+
+
+def test_the_command_for_people(lab):
+    done = cli.prift(*words(lab, "--rule", "mass", "--mix", "0.2", "--compare", "prob"))
+    cli.succeeded(done)
+    shown = done.stdout
+    found = run(lab, weigher("mass", "prior", {}, mix=0.2))
+    mean = found["rules"][0]["mean_weight"]
+    for text in (
+        "== mass mix=0.2\n",
+        "== prob\n",
+        f"Its weights average {mean:.4g}",
+        f"{1 / mean:.3g} times\nSFT's learning rate",
+        "10 to 20 times smaller than SFT's",
+        "weights (tokens)\n",
+        "weigh most",
+        "weigh least",
+        "data.jsonl:",
+        "mass keeps, by threshold",
+    ):
+        assert text in shown, f"{text!r} is not in:\n{shown}"
+    assert "████" in shown or "####" in shown
+
+
+def test_text_of_data_reaches_the_terminal_as_escapes(tmp_path):
+    lab = Lab(tmp_path, rows=1)
+    row = {"prompt": "red", "response": "\x1b[31m one\ntwo"}
+    Path(lab.data).write_text(json.dumps(row) + "\n")
+    lab.precompute()
+    done = cli.prift(*words(lab, "--rule", "prob"))
+    shown = cli.succeeded(done)
+    assert "\x1b" not in shown and "\\x1b" in shown and "\\n" in shown
+
+
+def test_the_command_refuses(lab, tmp_path):
+    cli.refused(cli.prift(*words(lab)), "--method NAME, or --rule")
+    cli.refused(cli.prift(*words(lab, "--method", "dft")), "can be known before training")
+    mass = ["--method", "prift-mass", "--compare"]
+    cli.refused(cli.prift(*words(lab, *mass, "nope")), "unknown rule 'nope'")
+    cli.refused(cli.prift(*words(lab, *mass, "prob,power")), "--compare power: wanted name=value")
+    cli.refused(cli.prift(*words(lab, *mass, "deft")), "no collision", "--statistics")
+    config = tmp_path / "run.yaml"
+    config.write_text("compare: [os.path:join]\n")
+    asked = words(lab, "--method", "prift-mass", "--config", config)
+    cli.refused(cli.prift(*asked), "code that would run")
+    cli.refused(cli.prift(*asked, "--allow-import"), "os.path:join is no rule")
