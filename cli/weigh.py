@@ -10,10 +10,11 @@ import click
 from .cache import json_option
 from .command import Command, common, key_values, quiet, say
 from .options import cache_root, data_options, data_spec
-from .tables import bar, bars, table
+from .tables import bar, bars, many, table
 from .weighting import chosen_weigher, refuse_code_of_file, weighting_options
 
 _SHARES = ("label tokens", "share of tokens", "kept", "mean weight", "share of weight")
+_MOST_ROWS = 20  # there are fewer bins of lengths
 
 
 @click.command(cls=Command)
@@ -113,7 +114,10 @@ def _show(found: dict[str, Any]) -> None:
         files = [(_plain(group["file"]), *_shares(group)) for group in one["files"]]
         for name, groups in (("tokens of a sequence", lengths), ("file", files)):
             click.echo()
-            table((name, *_SHARES), groups, _SHARES)
+            table((name, *_SHARES), groups[:_MOST_ROWS], _SHARES)
+            if len(groups) > _MOST_ROWS:
+                more = many(len(groups) - _MOST_ROWS, name)
+                click.echo(f"and {more} more, which --json shows")
         for name in ("most", "least"):
             if one[name]:
                 click.echo(f"\nweigh {name} (equal weights: a random choice)")
@@ -137,7 +141,7 @@ def _rule_lines(title: str, one: dict[str, Any], sft_loss: float | None) -> Iter
         )
     if sft_loss and one["loss"]:
         yield (
-            f"Its loss begins at {one['loss']:.4g}, SFT's at {sft_loss:.4g}, "
+            f"Under the prior its loss is {one['loss']:.4g}, SFT's {sft_loss:.4g}, "
             f"{sft_loss / one['loss']:.3g} times that. A weighted loss often reads\n10 to 20 times "
             "smaller than SFT's, which is no sign of a better model: compare nll."
         )

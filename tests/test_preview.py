@@ -124,7 +124,7 @@ def test_context_is_the_text_around_the_token(lab):
         row = rows[int(token["where"].rpartition(":")[2]) - 1]
         whole = row["prompt"] + row["response"]
         around = token["before"] + token["token"] + token["after"]
-        assert around.removesuffix("<|endoftext|>") in whole or token["after"] == ""
+        assert around.removesuffix("<|endoftext|>") in whole
         assert token["before"]
     assert run(lab, weigher("prob", "prior", {}), tokens=0)["rules"][0]["most"] == []
     everything = run(lab, weigher("prob", "prior", {}), tokens=10**6)
@@ -240,6 +240,19 @@ def test_the_command_for_people(lab):
     ):
         assert text in shown, f"{text!r} is not in:\n{shown}"
     assert "████" in shown or "####" in shown
+
+
+def test_many_files_are_cut_short_for_people(tmp_path):
+    lab, folder = Lab(tmp_path, rows=25), tmp_path / "folder"
+    lab.precompute()
+    folder.mkdir()
+    for i, line in enumerate(Path(lab.data).read_text().splitlines()):
+        (folder / f"{i:02}.jsonl").write_text(line)
+    lab.data = str(folder)
+    shown = cli.succeeded(cli.prift(*words(lab, "--rule", "prob", "--tokens", "0")))
+    assert "19.jsonl" in shown and "20.jsonl" not in shown
+    assert "and 5 files more, which --json shows" in shown
+    assert len(run(lab, weigher("prob", "prior", {}))["rules"][0]["files"]) == 25
 
 
 def test_text_of_data_reaches_the_terminal_as_escapes(tmp_path):
