@@ -1,13 +1,16 @@
 """Threads beside the main one: `Prefetch` makes items ahead of it, `Consumer` takes them off it.
 
 Both are context managers, and their thread has ended when the block is left, however it is left.
-An interrupt (Ctrl-C) may strike the main thread anywhere, in the middle of a queue's own code too,
-so a thread never waits for good: it looks up every so often whether it is still wanted.
+An interrupt (Ctrl-C) may strike the main thread anywhere, so a thread never waits for good: it
+looks up every so often whether it is still wanted. Nor does the main thread take a lock in Python
+(queue.Queue, threading.Event): struck between taking it and the block that gives it back, it would
+keep it for ever. SimpleQueue and sleep are C, which an interrupt finds before or after.
 """
 
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +18,7 @@ T = TypeVar("T")
 
 _END = object()
 _LOOK_SECONDS = 0.05
+_PAUSE_SECONDS = 0.002  # between two looks at a queue that is full, or a thread that is to end
 _SWITCH_SECONDS = 1e-4
 """How long a thread that computes in Python may keep the interpreter while another waits for it.
 With Python's own 5 ms, the many short calls that feed a device take ten times as long or more
@@ -30,7 +34,7 @@ class _Beside:
 
     def __init__(self) -> None:
         self._left = False
-        self._over = threading.Event()
+        self._over = False
         self._thread: threading.Thread | None = None
 
     def _run(self, *args: Any) -> None:
@@ -42,7 +46,7 @@ class _Beside:
             thread.start()
         except BaseException:  # an interrupt, and whether the thread runs by now is not known
             self._left = True
-            self._over.wait(1)
+            time.sleep(1)
             raise
         self._thread = thread
 
@@ -52,7 +56,7 @@ class _Beside:
         except Abandoned:
             pass
         finally:
-            self._over.set()
+            self._over = True
 
     def _unwanted(self) -> bool:
         return self._left or not threading.main_thread().is_alive()
@@ -63,9 +67,9 @@ class _Beside:
         was interrupted (Python 3.11)."""
         self._left = True
         interrupt = None
-        while self._thread is not None and not self._over.is_set():
+        while self._thread is not None and not self._over:
             try:
-                self._over.wait()
+                time.sleep(_PAUSE_SECONDS)
             except KeyboardInterrupt as error:
                 interrupt = error
                 self._hurry()
@@ -92,7 +96,8 @@ class Prefetch(_Beside, Generic[T]):
 
     def __init__(self, depth: int):
         super().__init__()
-        self._items: queue.Queue = queue.Queue(depth)
+        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        self._depth = depth
         self._interval = sys.getswitchinterval()
 
     def __enter__(self) -> "Prefetch[T]":
@@ -122,12 +127,11 @@ class Prefetch(_Beside, Generic[T]):
             self._give((_END, error))
 
     def _give(self, item: tuple) -> None:
-        while True:
+        self.check()
+        while self._items.qsize() >= self._depth:
+            time.sleep(_PAUSE_SECONDS)
             self.check()
-            try:
-                return self._items.put(item, timeout=_LOOK_SECONDS)
-            except queue.Full:
-                pass
+        self._items.put(item)
 
     def __exit__(self, *_: Any) -> None:
         sys.setswitchinterval(self._interval)
@@ -137,7 +141,7 @@ class Prefetch(_Beside, Generic[T]):
 class _Taken(Iterator[T]):
     """What waits in the queue, up to the end or the error that was put there."""
 
-    def __init__(self, items: queue.Queue):
+    def __init__(self, items: queue.SimpleQueue):
         self._items, self._over = items, False
 
     def __next__(self) -> T:
@@ -165,7 +169,8 @@ class Consumer(_Beside, Generic[T]):
     def __init__(self, handle: Callable[[T], None], depth: int):
         super().__init__()
         self._handle = handle
-        self._items: queue.Queue = queue.Queue(depth)
+        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        self._depth = depth
         self._error: BaseException | None = None
         self._interrupts = 0
 
@@ -178,6 +183,8 @@ class Consumer(_Beside, Generic[T]):
             self._begin("consumer")
         if self._error is not None:
             raise self._error
+        while self._items.qsize() >= self._depth:
+            time.sleep(_PAUSE_SECONDS)
         self._items.put(item)
 
     def _run(self) -> None:
