@@ -8,10 +8,8 @@ from typing import Any
 import click
 
 from .command import Group, debug, quiet, say
-from .options import cache_root, data_options, data_spec
+from .options import cache_root, data_options, data_spec, json_option
 from .tables import LS, info_lines, ls_rows, table, verified_lines
-
-json_option = click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
 
 
 @click.group(cls=Group)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cache import cache, json_option
+from .cache import cache
 from .command import debug, quiet, say
-from .options import cache_root, data_options, data_spec
+from .options import cache_root, data_options, data_spec, json_option
 from .tables import size
 
 if TYPE_CHECKING:

@@ -6,25 +6,12 @@ from typing import Any
 import click
 
 from .command import Command, common, quiet, say
-from .options import cache_root, data_options, data_spec
-from .weighting import chosen_weigher, weighting_options
+from .options import data_spec, json_option
+from .weighting import prior_weigher, prior_weights
 
 
 @click.command(cls=Command)
-@click.option(
-    "--model",
-    required=True,
-    metavar="M",
-    help="Model to be trained: its tokenizer makes the ids, and its prior is read.",
-)
-@data_options
-@cache_root
-@weighting_options
-@click.option(
-    "--prior",
-    metavar="MODEL|ID",
-    help="Which prior of the cache to read.  [default: the only one of --model]",
-)
+@prior_weights
 @click.option(
     "--column",
     multiple=True,
@@ -37,7 +24,7 @@ from .weighting import chosen_weigher, weighting_options
     metavar="FILE",
     help="Where to: a file that ends in .parquet or .jsonl. One that is there is replaced.",
 )
-@click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
+@json_option
 @common
 @click.pass_context
 def export(ctx: click.Context, json_output: bool, column: tuple[str, ...], **options: Any) -> None:
@@ -56,9 +43,7 @@ def export(ctx: click.Context, json_output: bool, column: tuple[str, ...], **opt
     from prift.export import ExportOptions
     from prift.export import export as run
 
-    if options["rule"] and options["source"] is None:
-        options["source"] = "prior"  # no other can be exported
-    chosen = chosen_weigher(ctx, options)
+    chosen = prior_weigher(ctx, options)
     quiet()
     spec = data_spec(options)
     del options["config"], options["debug"]

@@ -1,4 +1,4 @@
-"""Options that both commands share: the data, and how its text becomes tokens."""
+"""Options that commands share: the data, how its text becomes tokens, the cache, the output."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,8 @@ _OPTIONS = [
         help="Run Python code that a model or tokenizer folder brings along.",
     ),
 ]
+
+json_option = click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
 
 cache_root = click.option(
     "--cache",

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from .command import Command, common, quiet, say
-from .options import attention, data_options, data_spec, dtype_choice
+from .options import attention, data_options, data_spec, dtype_choice, json_option
 
 
 @click.command(cls=Command)
@@ -105,7 +105,7 @@ from .options import attention, data_options, data_spec, dtype_choice
     help="GPUs of each Ray worker: more than 1 for a model that does not fit one.  [default: 1, or "
     "0 where the cluster has none]",
 )
-@click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
+@json_option
 @common
 @click.pass_context
 def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:

@@ -7,8 +7,8 @@ import click
 
 from prift.errors import OptionError
 
-from .cache import json_option
 from .command import Command, debug
+from .options import json_option
 from .tables import table
 
 

@@ -7,7 +7,7 @@ import click
 from prift.errors import Interrupted, OptionError
 
 from .command import TRAINING, Command, common, quiet, resolved, say
-from .options import attention, data_options, data_spec, dtype_choice
+from .options import attention, data_options, data_spec, dtype_choice, json_option
 from .weighting import chosen_weigher, weighting_options
 
 
@@ -96,7 +96,7 @@ class TrainCommand(Command):
     metavar="N",
     help="Measure nll and drift over all label tokens every N steps.  [default: logging_steps]",
 )
-@click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
+@json_option
 @common
 @click.argument("training_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- FLAGS...]")
 @click.pass_context

@@ -7,36 +7,22 @@ from typing import Any
 
 import click
 
-from .cache import json_option
 from .command import Command, common, key_values, quiet, say
-from .options import cache_root, data_options, data_spec
+from .options import data_spec, json_option
 from .tables import bar, bars, many, table
-from .weighting import chosen_weigher, refuse_code_of_file, weighting_options
+from .weighting import prior_weigher, prior_weights, refuse_code_of_file
 
 _SHARES = ("label tokens", "share of tokens", "kept", "mean weight", "share of weight")
 _MOST_ROWS = 20  # there are fewer bins of lengths
 
 
 @click.command(cls=Command)
-@click.option(
-    "--model",
-    required=True,
-    metavar="M",
-    help="Model to be trained: its tokenizer makes the ids, and its prior is read.",
-)
-@data_options
-@cache_root
-@weighting_options
+@prior_weights
 @click.option(
     "--compare",
     multiple=True,
     metavar="R[,K=V]",
     help="Another rule to look at, its options behind commas, as prob,power=2. Repeatable.",
-)
-@click.option(
-    "--prior",
-    metavar="MODEL|ID",
-    help="Which prior of the cache to read.  [default: the only one of --model]",
 )
 @click.option(
     "--tokens",
@@ -63,10 +49,8 @@ def weigh(ctx: click.Context, json_output: bool, compare: tuple[str, ...], **opt
     """
     from prift.preview import PreviewOptions, preview
 
-    if options["rule"] and options["source"] is None:
-        options["source"] = "prior"  # no other is known before training
     allowed = {name: options[name] for name in ("allow_negative", "allow_import")}
-    weighers = [chosen_weigher(ctx, options)]
+    weighers = [prior_weigher(ctx, options)]
     weighers += [_compared(ctx, text, **allowed) for text in compare]
     quiet()
     spec = data_spec(options)

@@ -8,6 +8,7 @@ import click
 from prift.errors import OptionError
 
 from .command import key_values
+from .options import cache_root, data_options
 
 _OPTIONS = [
     click.option(
@@ -60,6 +61,32 @@ def weighting_options(function: Callable) -> Callable:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def prior_weights(function: Callable) -> Callable:
+    """The options of a command that weighs data by what a prior thought of them, and trains
+    nothing: which model's tokens and prior, which data, which cache, which rule."""
+    model = click.option(
+        "--model",
+        required=True,
+        metavar="M",
+        help="Model to be trained: its tokenizer makes the ids, and its prior is read.",
+    )
+    prior = click.option(
+        "--prior",
+        metavar="MODEL|ID",
+        help="Which prior of the cache to read.  [default: the only one of --model]",
+    )
+    for option in (prior, weighting_options, cache_root, data_options, model):
+        function = option(function)
+    return function
+
+
+def prior_weigher(ctx: click.Context, options: dict[str, Any]) -> Any:
+    """chosen_weigher, where a rule's source is the prior unless said otherwise."""
+    if options["rule"] and options["source"] is None:
+        options["source"] = "prior"
+    return chosen_weigher(ctx, options)
 
 
 def chosen_weigher(ctx: click.Context, options: dict[str, Any]) -> Any:

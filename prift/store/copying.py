@@ -14,7 +14,7 @@ from prift.identity import PriorIdentity
 from prift.progress import progress
 from prift.store.inventory import choose
 from prift.store.remote import RemoteRoot
-from prift.store.roots import IDENTITY, Part, Root, digest_in
+from prift.store.roots import IDENTITY, Part, Root, promises
 
 _AT_ONCE = 4  # parts: a store answers slowly
 _LISTINGS = 5  # of the source, while others compact it
@@ -107,7 +107,7 @@ def _copy_part(source: Root, target: Root, prior: str, part: Part) -> str | None
             file = source.download(prior, part, target.parts_folder(prior))
         except CacheError as error:
             return str(error)
-        if file.sha256()[:32] != digest_in(part.name):
+        if not promises(part.name, file.sha256()):
             file.abandon()
             return (
                 f"{source.where(prior, part.name)} is damaged: its content does not match the "

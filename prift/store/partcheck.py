@@ -13,7 +13,7 @@ from prift.errors import CacheError
 from prift.store import invariants, parts, spans
 from prift.store.doubles import Doubles
 from prift.store.problems import Problem, Verified
-from prift.store.roots import MAX_PART, OpenPart, Part, Root, digest_in
+from prift.store.roots import MAX_PART, OpenPart, Part, Root, promises
 
 CORE = ("logprob", "log_mass_rank", "rank", "n_tie", "entropy")
 _NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{32}\.parquet")
@@ -57,7 +57,7 @@ class PartCheck:
         self._done.bytes += len(data)
         if not _NAME.fullmatch(self._part.name):
             self._wrong("its name is not <UTC time>-<32 hex digits>.parquet")
-        if hashlib.sha256(data).hexdigest()[:32] != digest_in(self._part.name):
+        if not promises(self._part.name, hashlib.sha256(data).hexdigest()):
             return self._wrong("its content does not match the hash in its name")
         source = OpenPart(io.BytesIO(data), self._part.name, self._where)
         try:

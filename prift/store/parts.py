@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prift.errors import CacheError
-from prift.store.roots import digest_in, digest_of_file
+from prift.store.roots import digest_of_file, promises
 
 COLUMN_TYPES = {
     "logprob": np.float32,
@@ -91,7 +91,7 @@ def check_hash(path: Path) -> None:
         digest = digest_of_file(path)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if digest[:32] != digest_in(path.name):
+    if not promises(path.name, digest):
         raise damaged(path, "its content does not match the hash in its name")
 
 

@@ -25,8 +25,8 @@ from prift.store.roots import (
     OpenPart,
     Part,
     Root,
-    digest_in,
     digest_of_file,
+    promises,
     time_in,
     write_whole,
 )
@@ -111,7 +111,7 @@ class RemoteRoot(Root):
         try:
             self._make_private()
             file = self._store.download(f"{prior}/parts/{part.name}", copy.parent)
-            if file.sha256()[:32] != digest_in(part.name):
+            if not promises(part.name, file.sha256()):
                 file.abandon()
                 raise damaged(place, "its content does not match the hash in its name")
             return file.publish(part.name)
@@ -124,7 +124,7 @@ class RemoteRoot(Root):
     def forget(self, prior: str, name: str) -> bool:
         copy = self.parts_folder(prior) / name
         try:
-            if digest_of_file(copy)[:32] != digest_in(name):
+            if not promises(name, digest_of_file(copy)):
                 copy.unlink()
                 return True
         except FileNotFoundError:

@@ -197,6 +197,11 @@ def digest_in(name: str) -> str:
     return name.removesuffix(".parquet").rpartition("-")[2]
 
 
+def promises(name: str, sha256: str) -> bool:
+    """Whether a part of this name has bytes of this sha256, hex."""
+    return sha256[:32] == digest_in(name)
+
+
 def digest_of_file(path: Path) -> str:
     """sha256 of a file, hex; a part's name ends in its beginning. Raises OSError."""
     with open(path, "rb") as file:
