@@ -12,8 +12,8 @@ that prift-mass leaves out are counted otherwise, so that utilisations compare l
 Where another package's kernel of the loss is installed, its time beside prift's own, or why it is
 not used, is said first (prift/fused.py); the steps are measured without.
 
-`prift-mass packed` runs the same rows end to end (--packing): what the other attention costs, where
-no padding is saved.
+`prift-mass packed` runs the same rows end to end (--packing), where torch has the attention for it:
+what it costs, where no padding is saved.
 
 What does not fit in memory is said to, and left out. --device cpu --shapes tiny tries the code
 where there is no GPU.
@@ -34,7 +34,7 @@ from benchmarks.gpu import SHAPES, matrix_rate
 from benchmarks.measure import machine, table, write
 from prift.fused import choose
 from prift.heads import head_of
-from prift.packing import laid_end_to_end, varlen_attention
+from prift.packing import kernel_refusal, laid_end_to_end, varlen_attention
 
 VARIANTS = (*steps.VARIANTS, "prift-mass packed")
 ROWS = {"1.5B": 8, "7B": 4, "tiny": 2}
@@ -105,7 +105,11 @@ def measure(shape: str, device: str, rounds: int, rate: float) -> list[dict]:
     prior = steps.drawn_prior(batch["labels"])
     choose(head_of(model), torch.device(device), torch.bfloat16, lambda line: print(shape, line))
     needed, found = flops(model, batch), []
+    cannot = kernel_refusal(torch.device(device), torch.bfloat16)
     for variant in VARIANTS:
+        if cannot and variant.endswith(" packed"):
+            print(f"{shape} {variant}: {cannot}")
+            continue
         try:
             seconds, mib = measured(variant, model, batch, prior, rounds)
         except torch.cuda.OutOfMemoryError:
