@@ -54,6 +54,14 @@ class TrainCommand(Command):
     "weights; or the mean over its sequences.",
 )
 @click.option(
+    "--anchor",
+    type=click.Choice(["k3"]),
+    help="Hold the model to the prior: add an estimate of how far it moved on label tokens.",
+)
+@click.option(
+    "--anchor-weight", type=float, metavar="L", help="Factor of the anchor, which --anchor needs."
+)
+@click.option(
     "--dtype",
     type=dtype_choice,
     default="float32",

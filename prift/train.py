@@ -102,7 +102,7 @@ def train(
         )
     install(base_of(model), options.weigher, kernel_for(base_of(model), training, say))
     signals = Signals(_ANSWER if is_rank_zero() else "")
-    guard = StepGuard(options.weigher, lambda: signals.received)
+    guard = StepGuard(options.weigher, lambda: signals.received, bool(options.anchor_weight))
     with writing(options.output), closing(data):
         trainer = PriftTrainer(
             model=model,
@@ -113,7 +113,8 @@ def train(
             processing_class=data.tokenizer,
             guard=guard,
             full_metrics_steps=options.full_metrics_steps,
-            skips_rows=options.weigher.source == "prior",
+            skips_rows=options.skips_rows,
+            anchor=options.anchor_weight,
         )
         check_start(model, data.training, data.prior, options, folder, say)
         if options.packing:
@@ -145,7 +146,7 @@ def _sizes(options: TrainOptions, training: Any) -> tuple[int, int, list[str]]:
         more.append("compute activations twice: `-- --gradient_checkpointing`")
     if not options.lora_r:
         more.append("train an adapter: `--lora-r 16`")
-    if options.weigher.source == "prior":
+    if options.skips_rows:
         more.append("run whole sequences for nll and drift less often: `--full-metrics-steps N`")
     if options.eval_data:
         more.append("while evaluating, lower per_device_eval_batch_size")

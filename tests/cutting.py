@@ -1,7 +1,7 @@
 """Training on cut batches, and the same training by the naive definition from full logits.
 
 As a module it is one rank of a distributed run:
-python -m tests.cutting FOLDER METHOD ACCUMULATION [packed]
+python -m tests.cutting FOLDER METHOD ACCUMULATION [packed] [anchored] [NORMALIZER]
 """
 
 import itertools
@@ -39,10 +39,11 @@ KEPT = [
     "..0001", ".10000000000", "...1", "..000000",
 ]  # fmt: skip
 BATCH, STEPS, RATE = 2, 3, 0.05
+ANCHOR = 0.02  # its weight, where there is one
 NOTHING_TO_RUN = 2  # the number of the batch that holds examples 4 and 5
 
 
-def dataset(chosen: Weigher, normalize: str = "tokens") -> PriorDataset:
+def dataset(chosen: Weigher, normalize: str = "tokens", anchored: bool = False) -> PriorDataset:
     """Examples of random ids, and statistics that give the weights of KEPT."""
     random = np.random.RandomState(0)
     rows = [(random.randint(3, 300, len(k)), k.replace("0", "1").replace(".", "0")) for k in KEPT]
@@ -53,17 +54,21 @@ def dataset(chosen: Weigher, normalize: str = "tokens") -> PriorDataset:
         logprob[~kept] = -200.0  # a probability that float32 rounds to zero
     ones = np.ones(len(kept), np.int32)
     prior = {"logprob": logprob.astype(np.float32), "log_mass_rank": mass, "n_tie": ones}
-    return weighed(examples(*rows), prior, chosen, normalize)
+    return weighed(examples(*rows), prior, chosen, normalize, anchored)
 
 
 def weighed(
-    rows: Examples, prior: dict[str, np.ndarray], chosen: Weigher, normalize: str = "tokens"
+    rows: Examples,
+    prior: dict[str, np.ndarray],
+    chosen: Weigher,
+    normalize: str = "tokens",
+    anchored: bool = False,
 ) -> PriorDataset:
-    """With the weights of a rule whose source is the prior, and cut by them."""
+    """With the weights of a rule whose source is the prior, and cut by them unless anchored."""
     if chosen.source != "prior":
         return PriorDataset(rows, prior, normalize=normalize)
     weights = weigh(chosen, rows.label_counts, prior)
-    return PriorDataset(rows, prior | {"weights": weights}, cut=True, normalize=normalize)
+    return PriorDataset(rows, prior | {"weights": weights}, not anchored, normalize)
 
 
 def run(
@@ -73,6 +78,7 @@ def run(
     flags: str = "",
     packed: bool = False,
     normalize: str = "tokens",
+    anchored: bool = False,
 ) -> dict:
     """Trains with prift: what was logged, the shapes the body saw, the parameters."""
     chosen = weigher(*METHODS[method], {})
@@ -91,10 +97,11 @@ def run(
         model=model,
         args=training_arguments(str(folder / "out"), {}, words.split(), False)[0],
         data_collator=partial(collate, packed=packed),
-        train_dataset=dataset(chosen, normalize),
-        guard=StepGuard(chosen),
+        train_dataset=dataset(chosen, normalize, anchored),
+        guard=StepGuard(chosen, anchored=anchored),
         full_metrics_steps=100,  # that is, in the first step
-        skips_rows=chosen.source == "prior",
+        skips_rows=chosen.source == "prior" and not anchored,
+        anchor=ANCHOR if anchored else None,
     )
     with ExitStack() as stack:
         if packed:
@@ -112,6 +119,7 @@ def naive(
     ranks: int = 1,
     dtype=torch.float64,
     normalize: str = "tokens",
+    anchored: bool = False,
 ) -> dict:
     """The same by the definitions: whole sequences, full logits, plain autograd, in `dtype`."""
     chosen = weigher(*METHODS[method], {})
@@ -122,7 +130,7 @@ def naive(
             collate([data.whole(i) for i in range(start, start + BATCH)])
             for start in itertools.islice(starts, batches_a_step)
         ]
-        denominator = 0.0
+        denominator, pull = 0.0, torch.zeros((), dtype=dtype)
         loss, table = torch.zeros((), dtype=dtype), []
         for number, batch in enumerate(batches):
             logits = model(input_ids=batch["input_ids"]).logits
@@ -138,15 +146,18 @@ def naive(
                 "weights": float(weights[labelled].sum()),
                 "sequence": int(labelled.any(1).sum()),
             }[normalize]
-            measured = chosen.source != "prior" or (step == 0 and number < ranks)
+            if anchored:
+                logprob = grid(batch, batch["prior"]["logprob"])
+                pull = pull + ANCHOR * references.anchor(logits, labels_of(batch), logprob)
+            measured = chosen.source != "prior" or anchored or (step == 0 and number < ranks)
             table += per_token(batch, logits.detach(), weights, measured)
-        loss = loss / (denominator or 1.0)
+        loss = loss / (denominator or 1.0) + pull / len(table)
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= RATE * parameter.grad
                 parameter.grad = None
-        logged.append({"loss": float(loss.detach()), **metrics(np.array(table))})
+        logged.append({"loss": float(loss.detach()), **metrics(np.array(table), anchored)})
     return {
         "logged": logged,
         "parameters": {name: p.detach().double() for name, p in model.named_parameters()},
@@ -178,9 +189,11 @@ def per_token(batch: dict, logits: torch.Tensor, weights: torch.Tensor, measured
     return rows
 
 
-def metrics(table: np.ndarray) -> dict[str, float]:
+def metrics(table: np.ndarray, anchored: bool) -> dict[str, float]:
     weight, nll, drift, measured = table.T
     found = {"mean_weight": weight.mean(), "zero_share": (weight == 0).mean()}
+    if anchored:
+        found["anchor"] = np.mean([references.k3(0.0, float(one)) for one in drift])
     for suffix, over in (("_kept", weight != 0), ("", measured == 1)):
         if over.any():
             found |= {f"nll{suffix}": nll[over].mean(), f"drift{suffix}": drift[over].mean()}
@@ -190,8 +203,8 @@ def metrics(table: np.ndarray) -> dict[str, float]:
 if __name__ == "__main__":
     target, method_name, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     normalizer = next((n for n in NORMALIZERS if n in sys.argv), "tokens")
-    packed = "packed" in sys.argv
-    result = run(target, method_name, steps, packed=packed, normalize=normalizer)
+    words = {word: word in sys.argv for word in ("packed", "anchored")}
+    result = run(target, method_name, steps, normalize=normalizer, **words)
     rank = torch.distributed.get_rank()
     (target / f"shapes{rank}.json").write_text(json.dumps(result["shapes"]))
     if is_rank_zero():
