@@ -30,6 +30,7 @@ from prift.models import (
     locate,
     weight_files,
 )
+from prift.normalizers import check_late, is_late
 from prift.output import (
     check_same_run,
     checkpoint_of,
@@ -84,6 +85,9 @@ def train(
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
     _check_numbers(folder, config)
+    if is_late(options.normalize, options.weigher.source == "prior"):
+        balanced = bool(getattr(config, "output_router_logits", False))
+        check_late(options.normalize, training, balanced, options.anchor is not None)
     dtype = checkpoint_dtype(folder, config) if options.dtype == "auto" else options.dtype
     if options.packing:
         _check_kernel(training, dtype)

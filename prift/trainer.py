@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from prift.forward import LabelTokens, Weighted
 from prift.metrics import OF_A_CUT_TOKEN, SUMS, per_token, ratios
+from prift.normalizers import LateDivision, is_late
 from prift.order import OrderOfEpoch
 from prift.watch import LastStepLogged, StepGuard
 
@@ -48,6 +49,8 @@ class PriftTrainer(transformers.Trainer):
         self._collate = self.data_collator
         self._measured_step = -1
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        normalize, known = self.train_dataset.normalize, self.train_dataset.weighed
+        self._late = LateDivision(normalize) if is_late(normalize, known) else None
         self._guard = guard
         guard.scales_loss = self.accelerator.scaler is not None
         self.add_callback(guard)
@@ -103,12 +106,30 @@ class PriftTrainer(transformers.Trainer):
             where = self.train_dataset.examples.where(index[tokens.sequence[n]])
             return f"token {int(columns[tokens.place[n]]) + 1} of {where}"
 
+        if self._late is not None:
+            self._late.see(out["weights"])
         self._guard.see(out["loss"] + out["auxiliary"], out["weights"], name)
         sums = per_token(out, weighted).sum(0)
         sums += (num_labels - len(tokens.place)) * sums.new_tensor(OF_A_CUT_TOKEN)
         self._sums = self._sums.to(sums.device) + sums
         loss = out["loss"] / denominator + out["auxiliary"] * (num_labels / labels)
         return loss * self.accelerator.num_processes  # data parallelism averages gradients
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The last micro-batch of a step knows what the step is divided by: its gradient is
+        corrected, and the loss of the step with it."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._late is None:
+            return loss
+        self._late.see_loss(loss)
+        if not self.accelerator.sync_gradients:
+            return loss
+        return loss + self._late.finish(model, num_items_in_batch[1], self.accelerator.reduce)
 
     def _get_grad_norm(
         self, model: torch.nn.Module, grad_norm: Tensor | float | None = None

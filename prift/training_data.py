@@ -113,10 +113,6 @@ def load_data(
     otherwise the cache only adds the metric drift, and what lacks is said.
     """
     weigher = options.weigher
-    if weigher.source != "prior" and options.normalize in ("kept", "weights"):
-        raise OptionError(
-            f"--normalize {options.normalize} wants the weights before the step: --source prior."
-        )
     needed = options.reads_prior
     specs = [("training", options.spec)]
     if options.eval_data:

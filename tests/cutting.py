@@ -19,13 +19,14 @@ from prift.dataset import PriorDataset, collate
 from prift.forward import install
 from prift.heads import body_of
 from prift.methods import METHODS, weigher
+from prift.normalizers import DENOMINATORS
 from prift.packing import varlen_attention
 from prift.ranks import is_rank_zero
 from prift.text.examples import Examples
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from prift.weigher import Weigher
-from prift.weighing import NORMALIZERS, weigh
+from prift.weighing import weigh
 from tests import references, rule_references
 from tests.families import tiny
 from tests.grids import grid, labels_of
@@ -40,6 +41,8 @@ KEPT = [
 ]  # fmt: skip
 BATCH, STEPS, RATE = 2, 3, 0.05
 ANCHOR = 0.02  # its weight, where there is one
+CASES = {name: (*pair, {}) for name, pair in METHODS.items()}
+CASES["online-rank"] = ("rank", "online", {"most": "50"})  # a step of one batch has no such token
 NOTHING_TO_RUN = 2  # the number of the batch that holds examples 4 and 5
 
 
@@ -81,7 +84,7 @@ def run(
     anchored: bool = False,
 ) -> dict:
     """Trains with prift: what was logged, the shapes the body saw, the parameters."""
-    chosen = weigher(*METHODS[method], {})
+    chosen = weigher(*CASES[method])
     model, shapes = tiny("llama"), []
     install(model, chosen)
     body_of(model).register_forward_pre_hook(
@@ -122,7 +125,7 @@ def naive(
     anchored: bool = False,
 ) -> dict:
     """The same by the definitions: whole sequences, full logits, plain autograd, in `dtype`."""
-    chosen = weigher(*METHODS[method], {})
+    chosen = weigher(*CASES[method])
     data, model, logged = dataset(chosen), tiny("llama").to(dtype), []
     starts = iter(range(0, len(data), BATCH))
     for step in range(STEPS):
@@ -153,11 +156,13 @@ def naive(
             table += per_token(batch, logits.detach(), weights, measured)
         loss = loss / (denominator or 1.0) + pull / len(table)
         loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= RATE * parameter.grad
                 parameter.grad = None
-        logged.append({"loss": float(loss.detach()), **metrics(np.array(table), anchored)})
+        values = {"loss": float(loss.detach()), "grad_norm": float(norm)}
+        logged.append(values | metrics(np.array(table), anchored))
     return {
         "logged": logged,
         "parameters": {name: p.detach().double() for name, p in model.named_parameters()},
@@ -173,6 +178,9 @@ def naive_weights(method: str, batch: dict, logits: torch.Tensor) -> torch.Tenso
             "sft": lambda b=b, t=t: 1.0,
             "dft": lambda b=b, t=t: rule_references.weight_prob(
                 rule_references.softmax(logits[b, t - 1].numpy()), int(labels[b, t])
+            ),
+            "online-rank": lambda b=b, t=t: rule_references.weight_rank(
+                rule_references.softmax(logits[b, t - 1].numpy()), int(labels[b, t]), most=50
             ),
             "prift-prob": lambda b=b, t=t: float(prior["logprob"][b, t].exp()),
             "prift-mass": lambda b=b, t=t: float(prior["log_mass_rank"][b, t] > -0.5),
@@ -202,7 +210,7 @@ def metrics(table: np.ndarray, anchored: bool) -> dict[str, float]:
 
 if __name__ == "__main__":
     target, method_name, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    normalizer = next((n for n in NORMALIZERS if n in sys.argv), "tokens")
+    normalizer = next((n for n in DENOMINATORS if n in sys.argv), "tokens")
     words = {word: word in sys.argv for word in ("packed", "anchored")}
     result = run(target, method_name, steps, normalize=normalizer, **words)
     rank = torch.distributed.get_rank()

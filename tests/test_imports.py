@@ -78,6 +78,7 @@ LAYERS = {
         "output",
         "watch",
         "arguments",
+        "normalizers",
     }
     | {"store.claims", "shards"},
     # examples, the loss, who runs the prior
