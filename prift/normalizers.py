@@ -20,8 +20,10 @@ DENOMINATORS: dict[str, Callable[[np.ndarray], float]] = {
     "kept": np.count_nonzero,
     "weights": lambda weights: float(np.abs(weights).sum(dtype=np.float64)),
     "sequence": lambda weights: 1,
+    "micro-batch": len,
 }
-"""What an example's label tokens of these weights add to the denominator, by normaliser."""
+"""What an example's label tokens of these weights add to the denominator, by normaliser: of the
+step, or of its own micro-batch, whose means are averaged."""
 
 _LATE: dict[str, Callable[[Tensor], Tensor]] = {
     "kept": torch.count_nonzero,

@@ -94,9 +94,13 @@ class PriftTrainer(transformers.Trainer):
         if every_nll and self._skips_rows:
             whole = [self.train_dataset.whole(index) for index in inputs["index"]]
             inputs = self._prepare_inputs(self._collate(whole))
-        denominator, labels = num_items_in_batch.float()
-        denominator = torch.where(denominator > 0, denominator, labels)  # no weight: a zero sum
         weighted, num_labels, index = _taken(inputs, every_nll)
+        denominator, labels = num_items_in_batch.float()
+        share = num_labels / labels  # of this micro-batch in the step
+        if self.train_dataset.normalize == "micro-batch":
+            share = torch.ones_like(labels) / self._micro_batches()
+            denominator = num_labels / share
+        denominator = torch.where(denominator > 0, denominator, labels)  # no weight: a zero sum
         if self._anchor is not None:
             weighted.anchor = self._anchor * denominator / labels  # per label token, in the end
         tokens, columns = weighted.tokens, inputs["position_ids"].flatten()
@@ -112,8 +116,12 @@ class PriftTrainer(transformers.Trainer):
         sums = per_token(out, weighted).sum(0)
         sums += (num_labels - len(tokens.place)) * sums.new_tensor(OF_A_CUT_TOKEN)
         self._sums = self._sums.to(sums.device) + sums
-        loss = out["loss"] / denominator + out["auxiliary"] * (num_labels / labels)
+        loss = out["loss"] / denominator + out["auxiliary"] * share
         return loss * self.accelerator.num_processes  # data parallelism averages gradients
+
+    def _micro_batches(self) -> int:
+        """Of this step, in all processes, which have equally many."""
+        return self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
     def training_step(
         self,

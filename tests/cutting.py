@@ -133,6 +133,8 @@ def naive(
             collate([data.whole(i) for i in range(start, start + BATCH)])
             for start in itertools.islice(starts, batches_a_step)
         ]
+        if not batches:
+            break
         denominator, pull = 0.0, torch.zeros((), dtype=dtype)
         loss, table = torch.zeros((), dtype=dtype), []
         for number, batch in enumerate(batches):
@@ -142,8 +144,10 @@ def naive(
             scaled = weights
             if normalize == "sequence":
                 scaled = weights / labelled.sum(1, keepdim=True).clamp_min(1)
-            loss = loss + references.weighted_loss(logits, labels_of(batch), scaled, 1.0)
+            own = batch["num_labels"] if normalize == "micro-batch" else 1.0
+            loss = loss + references.weighted_loss(logits, labels_of(batch), scaled, own)
             denominator += {
+                "micro-batch": 1,
                 "tokens": batch["num_labels"],
                 "kept": int((weights[labelled] != 0).sum()),
                 "weights": float(weights[labelled].sum()),

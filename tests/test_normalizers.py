@@ -17,7 +17,7 @@ from tests.test_cutting import assert_equal, two_ranks
 def test_denominators_by_hand():
     weights = np.array([0.5, 0.0, -2.0], np.float32)
     found = {name: DENOMINATORS[name](weights) for name in DENOMINATORS}
-    assert found == {"tokens": 3, "kept": 2, "weights": 2.5, "sequence": 1}
+    assert found == {"tokens": 3, "kept": 2, "weights": 2.5, "sequence": 1, "micro-batch": 3}
 
 
 @pytest.mark.parametrize("method", ["prift-prob", "prift-mass"])
@@ -26,6 +26,34 @@ def test_training_divides_by_what_was_asked_for(tmp_path, method, normalize):
     """Over two micro-batches, one of which has nothing to run."""
     ours = cutting.run(tmp_path, method, 2, normalize=normalize)
     assert_equal(ours, method, 2, normalize=normalize)
+
+
+@pytest.mark.parametrize("method", ["sft", "dft", "prift-prob", "prift-mass"])
+@pytest.mark.parametrize(("accumulation", "anchored"), [(1, False), (2, False), (2, True)])
+def test_each_micro_batch_has_its_own_mean(tmp_path, method, accumulation, anchored):
+    """Of unequally many label tokens, those cut off among them; one has nothing to run. The anchor
+    is a mean over the step's label tokens all the same."""
+    more = {"normalize": "micro-batch", "anchored": anchored}
+    ours = cutting.run(tmp_path, method, accumulation, **more)
+    assert_equal(ours, method, accumulation, **more)
+    plain = cutting.naive(method, accumulation, anchored=anchored)["logged"]
+    losses = [[entry["loss"] for entry in log] for log in (ours["logged"], plain)]
+    assert (np.abs(np.subtract(*losses)) > 5e-5 * np.array(losses[0])).any() == (accumulation > 1)
+
+
+def test_two_ranks_average_the_means_of_their_micro_batches(tmp_path):
+    ours = two_ranks(tmp_path, "prift-prob", 1, "micro-batch")
+    assert_equal(ours, "prift-prob", 2, ranks=2, normalize="micro-batch")
+
+
+def test_an_epochs_last_step_may_have_fewer_micro_batches(tmp_path):
+    """Six batches, four a step: the second step is the mean of the two that are left."""
+    flags = "--max_steps 2"
+    ours = cutting.run(tmp_path, "dft", 4, flags, normalize="micro-batch")
+    exact = cutting.naive("dft", 4, normalize="micro-batch")
+    for name in ("loss", "grad_norm"):
+        found, wanted = ([e[name] for e in run["logged"]] for run in (ours, exact))
+        assert len(found) == 2 and found == pytest.approx(wanted, rel=2e-5)
 
 
 @pytest.mark.parametrize("method", ["sft", "dft"])
