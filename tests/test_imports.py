@@ -42,6 +42,7 @@ LAYERS = {
         "memory",
         "signals",
         "order",
+        "roles",
     },
     # one concern each, on top of those
     1: {
@@ -72,6 +73,7 @@ LAYERS = {
         "store.writer",
         "text.formats",
         "text.encode",
+        "text.whole",
         "text.chat",
         "output",
         "watch",
@@ -146,7 +148,7 @@ TEXT = {
     "text.formats",
     "text.encode",
 }
-TEXT |= {"text.chat", "text.loader", "text.examples"}
+TEXT |= {"roles", "text.whole", "text.chat", "text.loader", "text.examples"}
 REACH = {
     # what a module may know, directly or through others
     **{name: TEXT for name in TEXT},
