@@ -48,7 +48,8 @@ def _described(rule: Any, methods: dict[str, tuple[str, str | None]]) -> dict[st
 
     from prift.stats import EXTENDED
 
-    reads = ", ".join(rule.needs) + (f" / {', '.join(rule.base)}" if rule.base else "")
+    reads = ", ".join([*rule.needs, *(["roles"] if "role_N" in rule.given() else [])])
+    reads += f" / {', '.join(rule.base)}" if rule.base else ""
     return {
         "rule": rule.name,
         "reads": reads,

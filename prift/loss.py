@@ -73,6 +73,7 @@ def weighted_loss(
     weights_N: Tensor | None = None,
     scale_N: Tensor | None = None,
     sequence_N: Tensor | None = None,
+    role_N: Tensor | None = None,
     every_nll: bool = False,
     kernel: Kernel | None = None,
 ) -> LossOutput:
@@ -85,6 +86,7 @@ def weighted_loss(
     weights_N  float32 [N], where they are known beforehand: the weigher is not asked
     scale_N    float32 [N], not 0: a factor of each token's loss; None: 1
     sequence_N int64 [N]: which sequence each token belongs to, for rules that ask for it
+    role_N     uint8 [N]: whose words each is (prift.roles), likewise
     every_nll  also compute `nll` of rows whose weight is zero, without gradient
     kernel     what makes the nll and its gradient, where it takes these tensors
     """
@@ -96,13 +98,13 @@ def weighted_loss(
         head = replace(head, weight=head.weight.to(dtype), bias=bias)
     with torch.autocast(device, enabled=False):
         if weigher.source == "online" and weights_N is None:
-            weights = _Online(weigher, prior or TokenStats(), sequence_N, scale_N)
+            weights = _Online(weigher, prior or TokenStats(), sequence_N, role_N, scale_N)
             if weigher.scope != "token":
                 weights = weights.all(hidden_NH.detach(), head, targets_N)
             out = LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights, kernel))
             return out if scale_N is None else replace(out, weights=out.weights / scale_N)
         if weights_N is None:
-            weights_N = weigher(prior or TokenStats(), sequence_N)
+            weights_N = weigher(prior or TokenStats(), sequence_N, role_N=role_N)
         weights_N = weights_N.to(hidden_NH.device).expand(len(targets_N))
         nll_N = torch.full_like(weights_N, torch.nan)
         rows = weights_N.nonzero()[:, 0]
@@ -127,6 +129,7 @@ class _Online:
     weigher: Weigher
     prior: TokenStats
     sequence_N: Tensor | None
+    role_N: Tensor | None
     scale_N: Tensor | None
 
     def rows(self, rows: slice, head: Head, h_CH: Tensor, y_C: Tensor, nll_C: Tensor) -> Tensor:
@@ -136,10 +139,12 @@ class _Online:
             stats = TokenStats(logprob=(-nll_C).clamp_max(0))
         else:
             stats = Fold(head, names=self.weigher.needs)(h_CH, y_C)
-        sequence_C = None if self.sequence_N is None else self.sequence_N[rows]
+        sequence_C, role_C = (
+            None if values is None else values[rows] for values in (self.sequence_N, self.role_N)
+        )
         base = self.prior.map(lambda values: values[rows].to(h_CH.device))
         scale = 1.0 if self.scale_N is None else self.scale_N[rows]
-        return self.weigher(stats, sequence_C, base).expand(len(y_C)) * scale
+        return self.weigher(stats, sequence_C, base, role_C).expand(len(y_C)) * scale
 
     @torch.no_grad()
     def all(self, hidden_NH: Tensor, head: Head, targets_N: Tensor) -> Tensor:
@@ -147,7 +152,8 @@ class _Online:
         stats = Fold(head, names=self.weigher.needs)(hidden_NH, targets_N)
         base = self.prior.map(lambda values: values.to(hidden_NH.device))
         scale = 1.0 if self.scale_N is None else self.scale_N
-        return self.weigher(stats, self.sequence_N, base).expand(len(targets_N)) * scale
+        found = self.weigher(stats, self.sequence_N, base, self.role_N)
+        return found.expand(len(targets_N)) * scale
 
 
 def _cross_entropy(

@@ -11,6 +11,7 @@ import torch
 import prift.comparing  # noqa: F401  registers its rules
 import prift.rules  # noqa: F401
 from prift.errors import OptionError
+from prift.roles import ASSISTANT, PROMPT, RESPONSE, USER
 from prift.stats import TokenStats
 from prift.weigher import RULES, SOURCES, Factor, Rule, Weigher
 
@@ -84,7 +85,8 @@ def _try(bound: Weigher) -> None:
         TokenStats(**{n: tokens[n] for n in names}) for names in (bound.needs, bound.base)
     )
     try:
-        weights = bound(stats, torch.tensor([0, 0, 1, 1]), base)
+        roles = torch.tensor([PROMPT, RESPONSE, USER, ASSISTANT], dtype=torch.uint8)
+        weights = bound(stats, torch.tensor([0, 0, 1, 1]), base, roles)
         weights.expand(4)
     except OptionError:
         raise

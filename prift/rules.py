@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prift.errors import OptionError
+from prift.roles import ANSWERS
 from prift.stats import TokenStats
 from prift.weigher import rule
 
@@ -72,6 +73,20 @@ def prob_threshold(stats: TokenStats, *, low: float = 0.0, high: float = 1.0) ->
     OnlyBottomP is high=t. The same thresholds on -log p are the rule threshold.
     """
     return torch.exp(stats.logprob) * _between(stats.logprob, low, high)
+
+
+@rule("wit", needs=())
+def wit(stats: TokenStats, role_N: Tensor, *, prompt: float = 0.0, response: float = 1.0) -> Tensor:
+    """w = response where y is a response's token (or an assistant's), else prompt: WIT
+    (arXiv 2507.07817), its lambda_r and lambda_p.
+
+    Prompts have a weight where they are label tokens (--labels all). The loss in the authors' code
+    (kowndinya-renduchintala/WIT) is a sum over tokens, not a mean.
+    """
+    for name, value in (("prompt", prompt), ("response", response)):
+        _check(name, value, 0, math.inf, "a finite weight of 0 or more")
+    answers = torch.isin(role_N, torch.tensor(ANSWERS, device=role_N.device))
+    return torch.where(answers, response, prompt)
 
 
 @rule("focal", needs=("logprob",))
