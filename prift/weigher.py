@@ -6,8 +6,8 @@ makes DFT and PriFT-prob the same rule.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Rule:
     signed    whether its weights may be negative
     base      statistics it reads of a second distribution: the prior's where the source is the
               model in training, the second prior's where it is the first
+    cuts      options that decide which tokens have a weight at all, with values to compare
 
     stats, base  TokenStats of N tokens; sequence_N  int64: which sequence each belongs to;
     role_N  uint8: whose words each is, codes of prift.roles
@@ -47,6 +48,7 @@ class Rule:
     scope: str = "token"
     signed: bool = False
     base: tuple[str, ...] = ()
+    cuts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = {f.name for f in fields(TokenStats)}
@@ -190,12 +192,13 @@ def rule(
     scope: str = "token",
     signed: bool = False,
     base: tuple[str, ...] = (),
+    cuts: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Makes a function a rule, as its attribute `rule`. See Rule. prift's own are known by `name`,
     any other by its import path alone."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        function.rule = Rule(name, needs, function, scope, signed, base)
+        function.rule = Rule(name, needs, function, scope, signed, base, cuts or {})
         if function.__module__.startswith("prift."):
             RULES[name] = function.rule
         return function

@@ -86,7 +86,7 @@ LAYERS = {
     | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
-    | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "dataset"}
+    | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "sweep", "dataset"}
     | {"trainer"}
     | {
         "store.inventory",

@@ -186,6 +186,25 @@ def test_every_rule_says_its_formula_and_has_plain_options(name):
     assert all(p.default is not p.empty for p in RULES[name].options().values())
 
 
+def test_cuts_are_options_that_decide_which_tokens_are_kept():
+    """And every value is one that the rule takes; an option that opens and closes is tried so."""
+    seen = {(name, option) for name, rule in RULES.items() for option in rule.cuts}
+    assert seen == {
+        ("mass", "threshold"), ("rank", "most"), ("entropy", "low"), ("entropy", "high"),
+        ("threshold", "low"), ("threshold", "high"),
+        ("prob-threshold", "low"), ("prob-threshold", "high"),
+    }  # fmt: skip
+    case = pair(seed=11)
+    for name, option in seen:
+        beside = {"low": "0"} if option == "high" else {}
+        kept = [
+            int(np.count_nonzero(weigh(name, "prior", {**beside, option: str(value)}, *case)))
+            for value in RULES[name].cuts[option]
+        ]
+        assert kept == sorted(kept, reverse=option in ("threshold", "low")), (name, option)
+        assert kept[0] != kept[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
