@@ -33,6 +33,7 @@ class Claims:
         self._scope = share.replace("/", "-of-")
         self._me = f"{signature()} {uuid.uuid4().hex[:8]}"
         self._mine: set[str] = set()
+        self._asked = ""  # what `take` is about, which may be there and not in _mine yet
 
     def __enter__(self) -> "Claims":
         return self
@@ -42,7 +43,7 @@ class Claims:
 
     def take(self, window: str) -> bool:
         """Whether the window is this process's now: it was free, or its claimant is dead."""
-        name = self._name(window)
+        name = self._asked = self._name(window)
         try:
             if not self._root.claim(self._prior, name, self._me):
                 claimant = self._root.claimant(self._prior, name)
@@ -58,8 +59,11 @@ class Claims:
                 f"{error.strerror or error}. Finished parts are kept; once there is room and "
                 "permission, run the same command again."
             ) from error
-        self._mine.add(name)
-        return True
+        else:
+            self._mine.add(name)
+            return True
+        finally:
+            self._asked = ""
 
     def release(self, names: Iterable[str]) -> None:
         """Gives back what `take` took of these: windows, or names of claims."""
@@ -71,8 +75,9 @@ class Claims:
 
     def company(self) -> bool:
         """Whether another process that may want the same windows holds any. Also takes away what
-        is a day old."""
+        is a day old. May run in a thread beside `take`."""
         found = self._root.claims(self._prior)
+        found.pop(self._asked, None)
         for name, written in found.items():
             if name not in self._mine and time.time() - written > _DAY:
                 with contextlib.suppress(OSError, CacheError):
