@@ -47,11 +47,19 @@ class TrainCommand(Command):
 )
 @click.option(
     "--normalize",
-    type=click.Choice(["tokens", "kept", "weights", "sequence"]),
+    type=click.Choice(["tokens", "kept", "weights", "sequence", "micro-batch"]),
     default="tokens",
     show_default=True,
     help="What a step's loss is divided by: its label tokens, those of nonzero weight, the sum of "
-    "weights; or the mean over its sequences.",
+    "weights; or the mean over its sequences, or of its micro-batches' means.",
+)
+@click.option(
+    "--anchor",
+    type=click.Choice(["k3"]),
+    help="Hold the model to the prior: add an estimate of how far it moved on label tokens.",
+)
+@click.option(
+    "--anchor-weight", type=float, metavar="L", help="Factor of the anchor, which --anchor needs."
 )
 @click.option(
     "--dtype",

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from prift.mapped import MappedArrays
+from prift.normalizers import DENOMINATORS
 from prift.packing import laid_end_to_end
 from prift.text.examples import Examples
-from prift.weighing import DENOMINATORS, kept
+from prift.weighing import kept
 
 
 class PriorDataset(torch.utils.data.Dataset):
@@ -24,7 +25,7 @@ class PriorDataset(torch.utils.data.Dataset):
     prior      statistics by name, flat over all label tokens of all examples in order; may be
                empty. Among them 'weights' (float32), where those are known beforehand
     cut        whether sequences are cut by those weights
-    normalize  what the loss is divided by: one of weighing.NORMALIZERS
+    normalize  what the loss is divided by: one of normalizers.DENOMINATORS
 
     An item has input_ids (int32 [T]), places, targets and roles (int64, int32 and uint8 [N], of its
     label tokens), prior and weights (each [N]), scale (of its loss), index, and, counted before
@@ -41,7 +42,7 @@ class PriorDataset(torch.utils.data.Dataset):
         cut: bool = False,
         normalize: str = "tokens",
     ):
-        self.examples, self.prior = examples, prior
+        self.examples, self.prior, self.normalize = examples, prior, normalize
         self._weights, self._names = prior.get("weights"), [n for n in prior if n != "weights"]
         self._denominator, self._each = DENOMINATORS[normalize], normalize == "sequence"
         self.lengths, self._counts = examples.lengths, examples.label_counts
@@ -61,6 +62,11 @@ class PriorDataset(torch.utils.data.Dataset):
     def whole(self, index: int) -> dict[str, Any]:
         """The item with nothing cut off."""
         return self._item(index, None, self._counts[index])
+
+    @property
+    def weighed(self) -> bool:
+        """Whether the weights are known."""
+        return self._weights is not None
 
     def close(self) -> None:
         """Lets go of files, where the statistics are in files."""

@@ -43,13 +43,14 @@ class Weighted:
     prior      the prior's statistics [N] by name; may be empty
     weights    float32 [N], where they are known beforehand
     scale      float32 [N], a factor of each token's loss, or None
+    anchor     a factor of each token's k3 to the prior, or None (prift.anchor)
     every_nll  also compute the nll of tokens whose weight is zero
 
     Neither mapping nor dataclass, since wrappers look into those: FSDP2's mixed precision would
     round the statistics to bfloat16, and with them the weights.
     """
 
-    __slots__ = ("every_nll", "prior", "scale", "tokens", "weights")
+    __slots__ = ("anchor", "every_nll", "prior", "scale", "tokens", "weights")
 
     def __init__(
         self,
@@ -58,9 +59,10 @@ class Weighted:
         every_nll: bool = False,
         weights: Tensor | None = None,
         scale: Tensor | None = None,
+        anchor: float | Tensor | None = None,
     ):
         self.tokens, self.prior, self.every_nll = tokens, prior, every_nll
-        self.weights, self.scale = weights, scale
+        self.weights, self.scale, self.anchor = weights, scale, anchor
 
     @staticmethod
     def of(labels_BT: Tensor, prior_BT: dict[str, Tensor]) -> "Weighted":
@@ -134,6 +136,7 @@ def _loss(
         scale_N=weighted.scale,
         sequence_N=tokens.sequence,
         role_N=tokens.role,
+        anchor=weighted.anchor,
         every_nll=weighted.every_nll,
         kernel=kernel,
     )

@@ -1,10 +1,11 @@
 """Weighted linear cross-entropy: the loss of label tokens from hidden states, chunk by chunk.
 
-    loss = sum over label tokens of w(t) * -log p(t)
+    loss = sum over label tokens of w(t) * -log p(t), and of the anchor's pull where there is one
 
 The caller divides by the label tokens of the whole optimiser step. Rows of weight zero never
-reach the output projection where the weights are known beforehand (prior as source); no tensor of
-tokens x vocabulary outlives its chunk: each chunk's gradients are taken while its logits exist.
+reach the output projection where the weights are known beforehand (prior as source) and nothing is
+anchored; no tensor of tokens x vocabulary outlives its chunk: each chunk's gradients are taken
+while its logits exist.
 """
 
 import math
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from prift.chunk import Chunk
-from prift.fold import Fold
 from prift.heads import Head
 from prift.products import add_pull_back, add_turned
 from prift.stats import TokenStats
+from prift.terms import Anchor, Online, Terms
 from prift.weigher import Weigher
 
 _CHUNK_BYTES = 320 << 20  # of one float32 chunk of exponentials
@@ -29,7 +30,7 @@ _CHUNK_ROWS = (64, 1024)  # fewer: each chunk's V x H accumulation dominates; mo
 class LossOutput:
     """Result of one micro-batch of N label tokens.
 
-    loss     float32 scalar, differentiable: the sum of weights * scale * nll
+    loss     float32 scalar, differentiable: the sum of weights * scale * nll + anchor * k3
     nll      float32 [N], -log p of each label token, detached; NaN where the row was not run
     weights  float32 [N], detached
     """
@@ -74,6 +75,7 @@ def weighted_loss(
     scale_N: Tensor | None = None,
     sequence_N: Tensor | None = None,
     role_N: Tensor | None = None,
+    anchor: float | Tensor | None = None,
     every_nll: bool = False,
     kernel: Kernel | None = None,
 ) -> LossOutput:
@@ -81,12 +83,13 @@ def weighted_loss(
 
     hidden_NH  hidden states that predict the targets [N, H]
     targets_N  int64 [N]
-    prior      statistics [N] of the same tokens, where the weigher's source is the prior, or where
-               it compares the online model with the prior
+    prior      statistics [N] of the same tokens, where the weigher's source is the prior, where it
+               compares the online model with the prior, or where there is an anchor
     weights_N  float32 [N], where they are known beforehand: the weigher is not asked
     scale_N    float32 [N], not 0: a factor of each token's loss; None: 1
     sequence_N int64 [N]: which sequence each token belongs to, for rules that ask for it
     role_N     uint8 [N]: whose words each is (prift.roles), likewise
+    anchor     a factor of each token's k3 (prift.anchor); with one every row is run
     every_nll  also compute `nll` of rows whose weight is zero, without gradient
     kernel     what makes the nll and its gradient, where it takes these tensors
     """
@@ -96,85 +99,69 @@ def weighted_loss(
         bias = None if head.bias is None else head.bias.to(dtype)
         hidden_NH = hidden_NH.to(dtype)
         head = replace(head, weight=head.weight.to(dtype), bias=bias)
+    prior = prior or TokenStats()
     with torch.autocast(device, enabled=False):
         if weigher.source == "online" and weights_N is None:
-            weights = _Online(weigher, prior or TokenStats(), sequence_N, role_N, scale_N)
+            weights = Online(weigher, prior, sequence_N, role_N)
             if weigher.scope != "token":
                 weights = weights.all(hidden_NH.detach(), head, targets_N)
-            out = LossOutput(*_cross_entropy(hidden_NH, head, targets_N, weights, kernel))
-            return out if scale_N is None else replace(out, weights=out.weights / scale_N)
-        if weights_N is None:
-            weights_N = weigher(prior or TokenStats(), sequence_N, role_N=role_N)
-        weights_N = weights_N.to(hidden_NH.device).expand(len(targets_N))
-        nll_N = torch.full_like(weights_N, torch.nan)
-        rows = weights_N.nonzero()[:, 0]
-        scaled = weights_N[rows] if scale_N is None else weights_N[rows] * scale_N[rows]
-        loss, nll_N[rows], _ = _cross_entropy(
-            hidden_NH[rows], head, targets_N[rows], scaled, kernel
-        )
-        if every_nll:
-            rest = (weights_N == 0).nonzero()[:, 0]
-            ones = torch.ones_like(rest, dtype=torch.float32)
-            with torch.no_grad():
-                _, found, _ = _cross_entropy(hidden_NH[rest], head, targets_N[rest], ones, kernel)
-            nll_N[rest] = found
-        return LossOutput(loss, nll_N, weights_N)
-
-
-@dataclass(frozen=True, slots=True)
-class _Online:
-    """What weighs tokens by what the model in training thinks of them, times their scale. For the
-    arguments see weighted_loss."""
-
-    weigher: Weigher
-    prior: TokenStats
-    sequence_N: Tensor | None
-    role_N: Tensor | None
-    scale_N: Tensor | None
-
-    def rows(self, rows: slice, head: Head, h_CH: Tensor, y_C: Tensor, nll_C: Tensor) -> Tensor:
-        """Weights [C] of these rows. Of the statistics the logprob alone is known already; for
-        more the logits are made once more, since ties and ranks need them unrounded."""
-        if set(self.weigher.needs) <= {"logprob"}:
-            stats = TokenStats(logprob=(-nll_C).clamp_max(0))
         else:
-            stats = Fold(head, names=self.weigher.needs)(h_CH, y_C)
-        sequence_C, role_C = (
-            None if values is None else values[rows] for values in (self.sequence_N, self.role_N)
-        )
-        base = self.prior.map(lambda values: values[rows].to(h_CH.device))
-        scale = 1.0 if self.scale_N is None else self.scale_N[rows]
-        return self.weigher(stats, sequence_C, base, role_C).expand(len(y_C)) * scale
+            weights = weights_N
+            if weights is None:
+                weights = weigher(prior, sequence_N, role_N=role_N)
+            weights = weights.to(hidden_NH.device).expand(len(targets_N))
+            if anchor is None:
+                return _without_zeros(
+                    hidden_NH, head, targets_N, weights, scale_N, every_nll, kernel
+                )
+        pull = None if anchor is None else Anchor(anchor, prior.logprob.to(hidden_NH.device))
+        terms = Terms(weights, scale_N, pull)
+        return LossOutput(*_cross_entropy(hidden_NH, head, targets_N, terms, kernel))
 
-    @torch.no_grad()
-    def all(self, hidden_NH: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-        """Weights [N] of rules that look at many tokens: a pass over the chunks of its own."""
-        stats = Fold(head, names=self.weigher.needs)(hidden_NH, targets_N)
-        base = self.prior.map(lambda values: values.to(hidden_NH.device))
-        scale = 1.0 if self.scale_N is None else self.scale_N
-        found = self.weigher(stats, self.sequence_N, base, self.role_N)
-        return found.expand(len(targets_N)) * scale
+
+def _without_zeros(
+    hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    scale_N: Tensor | None,
+    every_nll: bool,
+    kernel: Kernel | None,
+) -> LossOutput:
+    """The loss of weights that are known, of whose rows those of weight zero have no gradient."""
+    nll_N = torch.full_like(weights_N, torch.nan)
+    rows = weights_N.nonzero()[:, 0]
+    terms = Terms(weights_N[rows], None if scale_N is None else scale_N[rows])
+    loss, nll_N[rows], _ = _cross_entropy(hidden_NH[rows], head, targets_N[rows], terms, kernel)
+    if every_nll:
+        rest = (weights_N == 0).nonzero()[:, 0]
+        terms = Terms(torch.ones_like(rest, dtype=torch.float32))
+        with torch.no_grad():
+            _, found, _ = _cross_entropy(hidden_NH[rest], head, targets_N[rest], terms, kernel)
+        nll_N[rest] = found
+    return LossOutput(loss, nll_N, weights_N)
 
 
 def _cross_entropy(
     hidden_NH: Tensor,
     head: Head,
     targets_N: Tensor,
-    weights: Tensor | _Online,
+    terms: Terms,
     kernel: Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, nll [N], weights [N])."""
     if kernel is not None and kernel.takes(hidden_NH, head):
         nll_N = kernel.nll(hidden_NH, head, targets_N)
-        if not isinstance(weights, Tensor):
-            with torch.no_grad():
-                every = slice(0, len(nll_N))
-                weights = weights.rows(every, head, hidden_NH, targets_N, nll_N)
-        return (nll_N * weights).sum(), nll_N.detach(), weights
+        found_N, every = nll_N.detach(), slice(0, len(nll_N))
+        with torch.no_grad():
+            weights_N, value_N, slope_N = terms.rows(every, head, hidden_NH, targets_N, found_N)
+        # Its value is that of the terms, its gradient their derivative.
+        loss = value_N.sum() + (slope_N * (nll_N - found_N)).sum()
+        return loss, found_N, weights_N
     tensors = hidden_NH, head.weight, head.bias
     if not torch.is_grad_enabled():  # an autograd function is not told, and would make gradients
         tensors = [None if t is None else t.detach() for t in tensors]
-    return _WeightedCrossEntropy.apply(*tensors, head, targets_N, weights)
+    return _WeightedCrossEntropy.apply(*tensors, head, targets_N, terms)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -188,12 +175,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         targets_R: Tensor,
-        weights: Tensor | _Online,
+        terms: Terms,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         R, V = len(targets_R), weight_VH.shape[0]
         nll_R = hidden_RH.new_empty(R, dtype=torch.float32)
-        weights_R = torch.empty_like(nll_R)
+        weights_R, values_R = torch.empty_like(nll_R), torch.empty_like(nll_R)
         grads = _Gradients(
             torch.empty_like(hidden_RH) if wants_hidden else None,
             hidden_RH.new_zeros(weight_VH.shape, dtype=torch.float32) if wants_weight else None,
@@ -204,16 +191,15 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             h_CH, y_C = hidden_RH[rows], targets_R[rows]
             chunk = Chunk(head, h_CH, y_C, keep=wanted)
             nll_R[rows] = chunk.nll_C
-            if isinstance(weights, Tensor):
-                weights_R[rows] = weights[rows]
-            else:
-                weights_R[rows] = weights.rows(rows, head, h_CH, y_C, nll_R[rows])
+            weights_R[rows], values_R[rows], slopes_C = terms.rows(
+                rows, head, h_CH, y_C, nll_R[rows]
+            )
             if wanted:
-                grads.add(rows, chunk, weights_R[rows])
+                grads.add(rows, chunk, slopes_C)
         ctx.grads = grads.hidden_RH, grads.weight_VH, grads.bias_V
         ctx.dtypes = weight_VH.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(nll_R, weights_R)
-        return (nll_R * weights_R).sum(), nll_R, weights_R
+        return values_R.sum(), nll_R, weights_R
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _nll: Tensor, _weights: Tensor):
@@ -241,11 +227,11 @@ class _Gradients:
     weight_VH: Tensor | None
     bias_V: Tensor | None
 
-    def add(self, rows: slice, chunk: Chunk, weights_C: Tensor) -> None:
-        """The gradients of sum(weights * nll) over one chunk's rows."""
+    def add(self, rows: slice, chunk: Chunk, slopes_C: Tensor) -> None:
+        """The gradients over one chunk's rows of what has this derivative by their nll."""
         h_CH = chunk.hidden_CH
         grad_CH = torch.zeros_like(h_CH, dtype=torch.float32)
-        for tile, g_CT in chunk.gradients(weights_C):
+        for tile, g_CT in chunk.gradients(slopes_C):
             if self.bias_V is not None:
                 self.bias_V[tile] += g_CT.sum(0)
             g_CT = g_CT.to(h_CH.dtype)

@@ -49,7 +49,7 @@ def check_start(
 ) -> None:
     """Raises CacheError, in every process, where the statistics are not those of `model`.
 
-    Every process scores sequences of its own. Nothing happens where the rule reads no prior, where
+    Every process scores sequences of its own. Nothing happens where the loss reads no prior, where
     the prior is another model than that in `folder`, on --resume and with --skip-check.
     """
     if options.skip_check or options.resume or not _is_prior(folder, prior, options):
@@ -78,9 +78,8 @@ def check_start(
 
 
 def _is_prior(folder: Path, prior: PriorIdentity | None, options: TrainOptions) -> bool:
-    """Whether the rule reads statistics of the very model in `folder`."""
-    reads = options.weigher.source == "prior" or options.weigher.base
-    if not reads or prior is None or prior.adapter is not None:
+    """Whether the loss reads statistics of the very model in `folder`."""
+    if not options.reads_prior or prior is None or prior.adapter is not None:
         return False
     if options.prior is None:
         return True  # it was chosen by the digests of this model

@@ -30,6 +30,7 @@ from prift.models import (
     locate,
     weight_files,
 )
+from prift.normalizers import check_late, is_late
 from prift.output import (
     check_same_run,
     checkpoint_of,
@@ -84,6 +85,9 @@ def train(
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
     _check_numbers(folder, config)
+    if is_late(options.normalize, options.weigher.source == "prior"):
+        balanced = bool(getattr(config, "output_router_logits", False))
+        check_late(options.normalize, training, balanced, options.anchor is not None)
     dtype = checkpoint_dtype(folder, config) if options.dtype == "auto" else options.dtype
     if options.packing:
         _check_kernel(training, dtype)
@@ -102,7 +106,7 @@ def train(
         )
     install(base_of(model), options.weigher, kernel_for(base_of(model), training, say))
     signals = Signals(_ANSWER if is_rank_zero() else "")
-    guard = StepGuard(options.weigher, lambda: signals.received)
+    guard = StepGuard(options.weigher, lambda: signals.received, bool(options.anchor_weight))
     with writing(options.output), closing(data):
         trainer = PriftTrainer(
             model=model,
@@ -113,7 +117,8 @@ def train(
             processing_class=data.tokenizer,
             guard=guard,
             full_metrics_steps=options.full_metrics_steps,
-            skips_rows=options.weigher.source == "prior",
+            skips_rows=options.skips_rows,
+            anchor=options.anchor_weight,
         )
         check_start(model, data.training, data.prior, options, folder, say)
         if options.packing:
@@ -145,7 +150,7 @@ def _sizes(options: TrainOptions, training: Any) -> tuple[int, int, list[str]]:
         more.append("compute activations twice: `-- --gradient_checkpointing`")
     if not options.lora_r:
         more.append("train an adapter: `--lora-r 16`")
-    if options.weigher.source == "prior":
+    if options.skips_rows:
         more.append("run whole sequences for nll and drift less often: `--full-metrics-steps N`")
     if options.eval_data:
         more.append("while evaluating, lower per_device_eval_batch_size")

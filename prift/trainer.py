@@ -2,7 +2,8 @@
 
 The loss of a step is the sum over its label tokens of weight * nll, divided by the number of its
 label tokens over all micro-batches and ranks, zero-weight tokens counted (the denominator of the
-PriFT authors' code, made exact under gradient accumulation).
+PriFT authors' code, made exact under gradient accumulation). An anchor adds the mean of its factor
+* k3 over the same tokens.
 """
 
 import itertools
@@ -15,16 +16,10 @@ from torch import Tensor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from prift.forward import LabelTokens, Weighted
+from prift.metrics import OF_A_CUT_TOKEN, SUMS, per_token, ratios
+from prift.normalizers import LateDivision, is_late
 from prift.order import OrderOfEpoch
 from prift.watch import LastStepLogged, StepGuard
-
-# What is summed over label tokens. A drift is summed where the prior gave the token any chance.
-_SUMS = (
-    "tokens", "weight", "zero", "run", "nll_run", "drifts_run", "drift_run",
-    "full", "nll", "drifts", "drift", "weighted",
-)  # fmt: skip
-
-_OF_A_CUT_TOKEN = [float(name in ("tokens", "zero")) for name in _SUMS]
 
 
 class PriftTrainer(transformers.Trainer):
@@ -34,6 +29,7 @@ class PriftTrainer(transformers.Trainer):
                         zero-weight tokens too, so that `nll` and `drift` cover all label tokens;
                         None = at each logging step
     skips_rows          whether zero-weight tokens are known beforehand and never run
+    anchor              a factor of the mean k3 to the prior over label tokens, or None
     guard               looks at each optimiser step before it is taken
     """
 
@@ -43,15 +39,18 @@ class PriftTrainer(transformers.Trainer):
         guard: StepGuard,
         full_metrics_steps: int | None = None,
         skips_rows: bool = False,
+        anchor: float | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, compute_metrics=_summarise, **kwargs)
+        super().__init__(*args, compute_metrics=self._summarise, **kwargs)
         self.model_accepts_loss_kwargs = True  # count label tokens over the whole optimiser step
         self._full_every = full_metrics_steps
-        self._skips_rows = skips_rows
+        self._skips_rows, self._anchor = skips_rows, anchor
         self._collate = self.data_collator
         self._measured_step = -1
-        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+        self._sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        normalize, known = self.train_dataset.normalize, self.train_dataset.weighed
+        self._late = LateDivision(normalize) if is_late(normalize, known) else None
         self._guard = guard
         guard.scales_loss = self.accelerator.scaler is not None
         self.add_callback(guard)
@@ -96,6 +95,14 @@ class PriftTrainer(transformers.Trainer):
             whole = [self.train_dataset.whole(index) for index in inputs["index"]]
             inputs = self._prepare_inputs(self._collate(whole))
         weighted, num_labels, index = _taken(inputs, every_nll)
+        denominator, labels = num_items_in_batch.float()
+        share = num_labels / labels  # of this micro-batch in the step
+        if self.train_dataset.normalize == "micro-batch":
+            share = torch.ones_like(labels) / self._micro_batches()
+            denominator = num_labels / share
+        denominator = torch.where(denominator > 0, denominator, labels)  # no weight: a zero sum
+        if self._anchor is not None:
+            weighted.anchor = self._anchor * denominator / labels  # per label token, in the end
         tokens, columns = weighted.tokens, inputs["position_ids"].flatten()
         out = model(**inputs, weighted=weighted)
 
@@ -103,14 +110,34 @@ class PriftTrainer(transformers.Trainer):
             where = self.train_dataset.examples.where(index[tokens.sequence[n]])
             return f"token {int(columns[tokens.place[n]]) + 1} of {where}"
 
+        if self._late is not None:
+            self._late.see(out["weights"])
         self._guard.see(out["loss"] + out["auxiliary"], out["weights"], name)
-        sums = _per_token(out, weighted).sum(0)
-        sums += (num_labels - len(tokens.place)) * sums.new_tensor(_OF_A_CUT_TOKEN)
+        sums = per_token(out, weighted).sum(0)
+        sums += (num_labels - len(tokens.place)) * sums.new_tensor(OF_A_CUT_TOKEN)
         self._sums = self._sums.to(sums.device) + sums
-        denominator, labels = num_items_in_batch.float()
-        loss = out["loss"] / torch.where(denominator > 0, denominator, 1.0)
-        loss = loss + out["auxiliary"] * (num_labels / labels)
+        loss = out["loss"] / denominator + out["auxiliary"] * share
         return loss * self.accelerator.num_processes  # data parallelism averages gradients
+
+    def _micro_batches(self) -> int:
+        """Of this step, in all processes, which have equally many."""
+        return self.current_gradient_accumulation_steps * self.accelerator.num_processes
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The last micro-batch of a step knows what the step is divided by: its gradient is
+        corrected, and the loss of the step with it."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._late is None:
+            return loss
+        self._late.see_loss(loss)
+        if not self.accelerator.sync_gradients:
+            return loss
+        return loss + self._late.finish(model, num_items_in_batch[1], self.accelerator.reduce)
 
     def _get_grad_norm(
         self, model: torch.nn.Module, grad_norm: Tensor | float | None = None
@@ -133,11 +160,16 @@ class PriftTrainer(transformers.Trainer):
         """Adds the metrics of the steps since the last log."""
         if "loss" in logs:
             total = self.accelerator.reduce(self._sums.to(self.args.device), "sum")
-            logs |= _ratios(dict(zip(_SUMS, total.tolist(), strict=True)))
+            logs |= ratios(dict(zip(SUMS, total.tolist(), strict=True)))
             self._sums.zero_()
             if self._guard.skipped:
                 logs["skipped_steps"] = self._guard.skipped
         super().log(logs, start_time)
+
+    def _summarise(self, prediction: transformers.EvalPrediction) -> dict[str, float]:
+        sums = dict(zip(SUMS, prediction.predictions.sum(0).tolist(), strict=True))
+        total = sums["weighted"] + (self._anchor or 0.0) * sums["anchor"]
+        return {"loss": total / sums["tokens"], **ratios(sums)}
 
     def prediction_step(
         self,
@@ -146,13 +178,14 @@ class PriftTrainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Sums per example [B, len(_SUMS)] in the place of logits: exact over any batch or rank."""
+        """Sums per example [B, len(SUMS)] in the place of logits: exact over any batch or rank."""
         inputs = self._prepare_inputs(inputs)
         weighted, _, index = _taken(inputs, every_nll=True)
+        weighted.anchor = self._anchor
         with torch.no_grad(), self.compute_loss_context_manager():
             out = model(**inputs, weighted=weighted)
-        each = _per_token(out, weighted)
-        sums = each.new_zeros(len(index), len(_SUMS))
+        each = per_token(out, weighted)
+        sums = each.new_zeros(len(index), len(SUMS))
         sums.index_add_(0, weighted.tokens.sequence, each)
         return None, sums, torch.zeros(len(index), device=sums.device)
 
@@ -168,46 +201,3 @@ def _taken(batch: dict[str, Any], every_nll: bool) -> tuple[Weighted, int, list[
         batch.pop("scale"),
     )
     return weighted, batch.pop("num_labels"), batch.pop("index")
-
-
-def _per_token(out: dict[str, Tensor], weighted: Weighted) -> Tensor:
-    """[N, len(_SUMS)] float64: what each token adds to the sums."""
-    nll_N, weights_N = out["nll"].double(), out["weights"].double()
-    one, zero = torch.ones_like(nll_N), torch.zeros_like(nll_N)
-    ran = (weights_N != 0).double()
-    prior_N = (
-        weighted.prior["logprob"].double() if "logprob" in weighted.prior else zero - torch.inf
-    )
-    finite = (prior_N > -torch.inf).double()
-    drift_N = -nll_N - prior_N
-    every = one if weighted.every_nll else zero
-    columns = [
-        *(one, weights_N, 1 - ran),
-        *(ran, _where(ran, nll_N), ran * finite, _where(ran * finite, drift_N)),
-        *(every, _where(every, nll_N), every * finite, _where(every * finite, drift_N)),
-        _where(ran, weights_N * nll_N),
-    ]
-    return torch.stack(columns, 1)
-
-
-def _where(chosen_N: Tensor, values_N: Tensor) -> Tensor:
-    """The values where chosen, else 0: what was not run is NaN, which a product would keep."""
-    return torch.where(chosen_N > 0, values_N, 0.0)
-
-
-def _ratios(sums: dict[str, float]) -> dict[str, float]:
-    """Metrics from sums; those that were not measured are left out."""
-    parts = {
-        "mean_weight": ("weight", "tokens"),
-        "zero_share": ("zero", "tokens"),
-        "nll_kept": ("nll_run", "run"),
-        "drift_kept": ("drift_run", "drifts_run"),
-        "nll": ("nll", "full"),
-        "drift": ("drift", "drifts"),
-    }
-    return {name: sums[a] / sums[b] for name, (a, b) in parts.items() if sums[b]}
-
-
-def _summarise(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    sums = dict(zip(_SUMS, prediction.predictions.sum(0).tolist(), strict=True))
-    return {"loss": sums["weighted"] / sums["tokens"], **_ratios(sums)}

@@ -1,6 +1,7 @@
 """The data of a training run: examples, and what the prior thought of them, read from the cache."""
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from prift.anchor import ANCHORS
 from prift.cache import PriorCache
 from prift.choice import choose_for, command_for
 from prift.dataset import PriorDataset
@@ -27,7 +29,10 @@ from prift.weighing import check_weights, weigh
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What is trained, from what, into what. See `prift train --help`."""
+    """What is trained, from what, into what. See `prift train --help`.
+
+    Raises OptionError for an anchor that is none.
+    """
 
     model: str
     output: str
@@ -37,6 +42,8 @@ class TrainOptions:
     prior: str | None = None
     base_prior: str | None = None
     normalize: str = "tokens"
+    anchor: str | None = None
+    anchor_weight: float | None = None
     eval_data: tuple[str, ...] = ()
     eval_split: str | None = None
     dtype: str = "float32"
@@ -51,6 +58,29 @@ class TrainOptions:
     skip_check: bool = False
     packing: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.anchor not in (None, *ANCHORS):
+            raise OptionError(f"unknown anchor {self.anchor!r}. There is: {', '.join(ANCHORS)}.")
+        if (self.anchor is None) != (self.anchor_weight is None):
+            given, lacking = "--anchor k3", "--anchor-weight L, a factor of the anchor in the loss"
+            if self.anchor is None:
+                given, lacking = f"--anchor-weight {self.anchor_weight:g}", "--anchor k3"
+            raise OptionError(f"{given} needs {lacking}.")
+        if self.anchor and not (math.isfinite(self.anchor_weight) and self.anchor_weight >= 0):
+            raise OptionError(
+                f"--anchor-weight {self.anchor_weight:g}: wanted a finite factor of 0 or more."
+            )
+
+    @property
+    def reads_prior(self) -> bool:
+        """Whether the loss depends on the prior's statistics: its weights, or its anchor."""
+        return self.weigher.source == "prior" or bool(self.weigher.base or self.anchor)
+
+    @property
+    def skips_rows(self) -> bool:
+        """Whether the tokens that no gradient comes from are known before training."""
+        return self.weigher.source == "prior" and not self.anchor
 
 
 @dataclass(frozen=True)
@@ -80,15 +110,11 @@ def load_data(
 ) -> TrainingData:
     """The examples, with the prior's statistics beside them.
 
-    Raises CacheError and MissingPrior where the rule's source is the prior and the cache lacks
-    something; for other rules the cache only adds the metric drift, and what lacks is said.
+    Raises CacheError and MissingPrior where the loss reads the prior and the cache lacks something;
+    otherwise the cache only adds the metric drift, and what lacks is said.
     """
     weigher = options.weigher
-    if weigher.source != "prior" and options.normalize in ("kept", "weights"):
-        raise OptionError(
-            f"--normalize {options.normalize} wants the weights before the step: --source prior."
-        )
-    needed = weigher.source == "prior" or bool(weigher.base)
+    needed = options.reads_prior
     specs = [("training", options.spec)]
     if options.eval_data:
         specs.append(("evaluation", _eval_spec(options)))
@@ -103,7 +129,8 @@ def load_data(
                 raise
             trouble = str(error).splitlines()[0]
     elif needed:
-        raise OptionError(f"rule {weigher.name} reads the prior: name a cache.")
+        reader = f"--anchor {options.anchor}" if options.anchor else f"rule {weigher.name}"
+        raise OptionError(f"{reader} reads the prior: name a cache.")
     base = _base(options, folder, config)
     tokenizer = options.spec.tokenizer_of(folder)
     found: list[PriorDataset] = []
@@ -123,7 +150,9 @@ def load_data(
                 trouble = str(error).splitlines()[0]
         if not prior:
             say(f"{purpose}: drift is not measured: {trouble}")
-        cut = "weights" in prior and not found and _ends_do_not_matter(config)
+        if options.anchor and (alone := int(np.isneginf(prior["logprob"]).sum())):
+            say(f"{purpose}: {alone:,} label tokens have no chance under the prior, and no anchor")
+        cut = options.skips_rows and not found and _ends_do_not_matter(config)
         found.append(PriorDataset(examples, prior, cut, options.normalize))
     return TrainingData(found[0], found[1] if len(found) > 1 else None, tokenizer, identity)
 

@@ -37,13 +37,20 @@ class StepGuard(TrainerCallback, ExportableState):
     ends.
 
     weigher   whose weights are looked at
+    anchored  whether an anchor pulls at tokens without weight too: then every step is taken
     received  the signal that this process got, or 0
     skipped   steps without weight since the run began; checkpoints carry it
     ended_by  the signal that ends the run, or 0
     """
 
-    def __init__(self, weigher: Weigher, received: Callable[[], int] = lambda: 0):
+    def __init__(
+        self,
+        weigher: Weigher,
+        received: Callable[[], int] = lambda: 0,
+        anchored: bool = False,
+    ):
         self.skipped = self.ended_by = 0
+        self._anchored = anchored
         self.scales_loss = False  # float16: an infinite gradient lowers the scale, and is no fault
         self._weigher, self._received = weigher, received
         self._norm: Tensor | float = 0.0
@@ -106,7 +113,7 @@ class StepGuard(TrainerCallback, ExportableState):
                 "its own), or in another --dtype; if the pretrained model itself answers with NaN, "
                 f"`prift precompute` names the example. {_left(args.output_dir)}"
             )
-        if not weighted:
+        if not (weighted or self._anchored):
             self.skipped += 1
             model.zero_grad()  # every optimiser passes over a parameter that has no gradient
 

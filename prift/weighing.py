@@ -1,10 +1,10 @@
-"""Weights that are known before training, and what a loss that uses them is divided by.
+"""Weights that are known before training.
 
 A rule whose source is the prior weighs every label token of the data once: quantiles and medians
 of a rule of batch scope are those of the whole data set.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from prift.text.examples import Examples
 from prift.weigher import Weigher
 
 _CHUNK = 8192  # sequences weighed at once
-
-NORMALIZERS = ("tokens", "kept", "weights", "sequence")
-"""--normalize: what the loss of a step is divided by. See docs/methods.md."""
 
 
 def weigh(
@@ -90,12 +87,3 @@ def kept(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
         last = nonzero[np.searchsorted(nonzero, own_ends) - 1]
         found[first : first + _CHUNK] = np.maximum(last + 1 - (own_ends - own_counts), 0)
     return found
-
-
-DENOMINATORS: dict[str, Callable[[np.ndarray], float]] = {
-    "tokens": len,
-    "kept": np.count_nonzero,
-    "weights": lambda weights: float(np.abs(weights).sum(dtype=np.float64)),
-    "sequence": lambda weights: 1,
-}
-"""What an example's label tokens of these weights add to the denominator."""

@@ -1,7 +1,7 @@
 """Training on cut batches, and the same training by the naive definition from full logits.
 
 As a module it is one rank of a distributed run:
-python -m tests.cutting FOLDER METHOD ACCUMULATION [packed]
+python -m tests.cutting FOLDER METHOD ACCUMULATION [packed] [anchored] [NORMALIZER]
 """
 
 import itertools
@@ -19,13 +19,14 @@ from prift.dataset import PriorDataset, collate
 from prift.forward import install
 from prift.heads import body_of
 from prift.methods import METHODS, weigher
+from prift.normalizers import DENOMINATORS
 from prift.packing import varlen_attention
 from prift.ranks import is_rank_zero
 from prift.text.examples import Examples
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from prift.weigher import Weigher
-from prift.weighing import NORMALIZERS, weigh
+from prift.weighing import weigh
 from tests import references, rule_references
 from tests.families import tiny
 from tests.grids import grid, labels_of
@@ -39,10 +40,13 @@ KEPT = [
     "..0001", ".10000000000", "...1", "..000000",
 ]  # fmt: skip
 BATCH, STEPS, RATE = 2, 3, 0.05
+ANCHOR = 0.02  # its weight, where there is one
+CASES = {name: (*pair, {}) for name, pair in METHODS.items()}
+CASES["online-rank"] = ("rank", "online", {"most": "50"})  # a step of one batch has no such token
 NOTHING_TO_RUN = 2  # the number of the batch that holds examples 4 and 5
 
 
-def dataset(chosen: Weigher, normalize: str = "tokens") -> PriorDataset:
+def dataset(chosen: Weigher, normalize: str = "tokens", anchored: bool = False) -> PriorDataset:
     """Examples of random ids, and statistics that give the weights of KEPT."""
     random = np.random.RandomState(0)
     rows = [(random.randint(3, 300, len(k)), k.replace("0", "1").replace(".", "0")) for k in KEPT]
@@ -53,17 +57,21 @@ def dataset(chosen: Weigher, normalize: str = "tokens") -> PriorDataset:
         logprob[~kept] = -200.0  # a probability that float32 rounds to zero
     ones = np.ones(len(kept), np.int32)
     prior = {"logprob": logprob.astype(np.float32), "log_mass_rank": mass, "n_tie": ones}
-    return weighed(examples(*rows), prior, chosen, normalize)
+    return weighed(examples(*rows), prior, chosen, normalize, anchored)
 
 
 def weighed(
-    rows: Examples, prior: dict[str, np.ndarray], chosen: Weigher, normalize: str = "tokens"
+    rows: Examples,
+    prior: dict[str, np.ndarray],
+    chosen: Weigher,
+    normalize: str = "tokens",
+    anchored: bool = False,
 ) -> PriorDataset:
-    """With the weights of a rule whose source is the prior, and cut by them."""
+    """With the weights of a rule whose source is the prior, and cut by them unless anchored."""
     if chosen.source != "prior":
         return PriorDataset(rows, prior, normalize=normalize)
     weights = weigh(chosen, rows.label_counts, prior)
-    return PriorDataset(rows, prior | {"weights": weights}, cut=True, normalize=normalize)
+    return PriorDataset(rows, prior | {"weights": weights}, not anchored, normalize)
 
 
 def run(
@@ -73,9 +81,10 @@ def run(
     flags: str = "",
     packed: bool = False,
     normalize: str = "tokens",
+    anchored: bool = False,
 ) -> dict:
     """Trains with prift: what was logged, the shapes the body saw, the parameters."""
-    chosen = weigher(*METHODS[method], {})
+    chosen = weigher(*CASES[method])
     model, shapes = tiny("llama"), []
     install(model, chosen)
     body_of(model).register_forward_pre_hook(
@@ -91,10 +100,11 @@ def run(
         model=model,
         args=training_arguments(str(folder / "out"), {}, words.split(), False)[0],
         data_collator=partial(collate, packed=packed),
-        train_dataset=dataset(chosen, normalize),
-        guard=StepGuard(chosen),
+        train_dataset=dataset(chosen, normalize, anchored),
+        guard=StepGuard(chosen, anchored=anchored),
         full_metrics_steps=100,  # that is, in the first step
-        skips_rows=chosen.source == "prior",
+        skips_rows=chosen.source == "prior" and not anchored,
+        anchor=ANCHOR if anchored else None,
     )
     with ExitStack() as stack:
         if packed:
@@ -112,9 +122,10 @@ def naive(
     ranks: int = 1,
     dtype=torch.float64,
     normalize: str = "tokens",
+    anchored: bool = False,
 ) -> dict:
     """The same by the definitions: whole sequences, full logits, plain autograd, in `dtype`."""
-    chosen = weigher(*METHODS[method], {})
+    chosen = weigher(*CASES[method])
     data, model, logged = dataset(chosen), tiny("llama").to(dtype), []
     starts = iter(range(0, len(data), BATCH))
     for step in range(STEPS):
@@ -122,7 +133,9 @@ def naive(
             collate([data.whole(i) for i in range(start, start + BATCH)])
             for start in itertools.islice(starts, batches_a_step)
         ]
-        denominator = 0.0
+        if not batches:
+            break
+        denominator, pull = 0.0, torch.zeros((), dtype=dtype)
         loss, table = torch.zeros((), dtype=dtype), []
         for number, batch in enumerate(batches):
             logits = model(input_ids=batch["input_ids"]).logits
@@ -131,22 +144,29 @@ def naive(
             scaled = weights
             if normalize == "sequence":
                 scaled = weights / labelled.sum(1, keepdim=True).clamp_min(1)
-            loss = loss + references.weighted_loss(logits, labels_of(batch), scaled, 1.0)
+            own = batch["num_labels"] if normalize == "micro-batch" else 1.0
+            loss = loss + references.weighted_loss(logits, labels_of(batch), scaled, own)
             denominator += {
+                "micro-batch": 1,
                 "tokens": batch["num_labels"],
                 "kept": int((weights[labelled] != 0).sum()),
                 "weights": float(weights[labelled].sum()),
                 "sequence": int(labelled.any(1).sum()),
             }[normalize]
-            measured = chosen.source != "prior" or (step == 0 and number < ranks)
+            if anchored:
+                logprob = grid(batch, batch["prior"]["logprob"])
+                pull = pull + ANCHOR * references.anchor(logits, labels_of(batch), logprob)
+            measured = chosen.source != "prior" or anchored or (step == 0 and number < ranks)
             table += per_token(batch, logits.detach(), weights, measured)
-        loss = loss / (denominator or 1.0)
+        loss = loss / (denominator or 1.0) + pull / len(table)
         loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= RATE * parameter.grad
                 parameter.grad = None
-        logged.append({"loss": float(loss.detach()), **metrics(np.array(table))})
+        values = {"loss": float(loss.detach()), "grad_norm": float(norm)}
+        logged.append(values | metrics(np.array(table), anchored))
     return {
         "logged": logged,
         "parameters": {name: p.detach().double() for name, p in model.named_parameters()},
@@ -163,6 +183,9 @@ def naive_weights(method: str, batch: dict, logits: torch.Tensor) -> torch.Tenso
             "dft": lambda b=b, t=t: rule_references.weight_prob(
                 rule_references.softmax(logits[b, t - 1].numpy()), int(labels[b, t])
             ),
+            "online-rank": lambda b=b, t=t: rule_references.weight_rank(
+                rule_references.softmax(logits[b, t - 1].numpy()), int(labels[b, t]), most=50
+            ),
             "prift-prob": lambda b=b, t=t: float(prior["logprob"][b, t].exp()),
             "prift-mass": lambda b=b, t=t: float(prior["log_mass_rank"][b, t] > -0.5),
         }[method]()
@@ -178,9 +201,11 @@ def per_token(batch: dict, logits: torch.Tensor, weights: torch.Tensor, measured
     return rows
 
 
-def metrics(table: np.ndarray) -> dict[str, float]:
+def metrics(table: np.ndarray, anchored: bool) -> dict[str, float]:
     weight, nll, drift, measured = table.T
     found = {"mean_weight": weight.mean(), "zero_share": (weight == 0).mean()}
+    if anchored:
+        found["anchor"] = np.mean([references.k3(0.0, float(one)) for one in drift])
     for suffix, over in (("_kept", weight != 0), ("", measured == 1)):
         if over.any():
             found |= {f"nll{suffix}": nll[over].mean(), f"drift{suffix}": drift[over].mean()}
@@ -189,9 +214,9 @@ def metrics(table: np.ndarray) -> dict[str, float]:
 
 if __name__ == "__main__":
     target, method_name, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    normalizer = next((n for n in NORMALIZERS if n in sys.argv), "tokens")
-    packed = "packed" in sys.argv
-    result = run(target, method_name, steps, packed=packed, normalize=normalizer)
+    normalizer = next((n for n in DENOMINATORS if n in sys.argv), "tokens")
+    words = {word: word in sys.argv for word in ("packed", "anchored")}
+    result = run(target, method_name, steps, normalize=normalizer, **words)
     rank = torch.distributed.get_rank()
     (target / f"shapes{rank}.json").write_text(json.dumps(result["shapes"]))
     if is_rank_zero():

@@ -114,3 +114,26 @@ def weighted_loss(logits, labels, weights, denominator: float):
                 nll = -torch.log_softmax(logits[b, t - 1], 0)[labels[b, t]]
                 total = total + weights[b, t] * nll
     return total / denominator
+
+
+def k3(log_q: float, log_p):
+    """exp(d) - d - 1, d = log q - log p: the anchor of one token, with autograd where log_p has it
+    (a float, or a scalar tensor). 0 where q is 0."""
+    if log_q == -math.inf:
+        return 0 * log_p
+    d = log_q - log_p
+    return (math.exp(d) if isinstance(d, float) else d.exp()) - d - 1
+
+
+def anchor(logits, labels, logprob):
+    """The sum of k3 over label tokens, in the logits' dtype, with autograd. See weighted_loss.
+
+    logprob  [B, T], log q of each label token at its own place
+    """
+    import torch
+
+    total = torch.zeros((), dtype=logits.dtype)
+    for b, t in (labels != -100).nonzero().tolist():
+        log_p = torch.log_softmax(logits[b, t - 1], 0)[labels[b, t]]
+        total = total + k3(float(logprob[b, t]), log_p)
+    return total

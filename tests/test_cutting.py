@@ -89,21 +89,31 @@ def test_weights_are_the_same_in_chunks_of_any_size(size, monkeypatch):
 
 @cache
 def expected(
-    method: str, batches_a_step: int, ranks: int, dtype: torch.dtype, normalize: str
+    method: str,
+    batches_a_step: int,
+    ranks: int,
+    dtype: torch.dtype,
+    normalize: str,
+    anchored: bool,
 ) -> dict:
-    return cutting.naive(method, batches_a_step, ranks, dtype, normalize)
+    return cutting.naive(method, batches_a_step, ranks, dtype, normalize, anchored)
 
 
 def assert_equal(
-    ours: dict, method: str, batches_a_step: int, ranks: int = 1, normalize: str = "tokens"
+    ours: dict,
+    method: str,
+    batches_a_step: int,
+    ranks: int = 1,
+    normalize: str = "tokens",
+    anchored: bool = False,
 ) -> None:
     """Losses, metrics and parameters, to what the naive computation itself loses in float32."""
-    exact = expected(method, batches_a_step, ranks, torch.float64, normalize)
-    rounded = expected(method, batches_a_step, ranks, torch.float32, normalize)
+    exact = expected(method, batches_a_step, ranks, torch.float64, normalize, anchored)
+    rounded = expected(method, batches_a_step, ranks, torch.float32, normalize, anchored)
     assert len(ours["logged"]) == len(exact["logged"]) == STEPS
     for found, wanted in zip(ours["logged"], exact["logged"], strict=True):
         assert set(wanted) <= set(found)
-        assert ("nll" in found) == ("nll" in wanted)
+        assert all((name in found) == (name in wanted) for name in ("nll", "anchor"))
         for name, value in wanted.items():
             assert found[name] == pytest.approx(value, rel=2e-5, abs=1e-7), name
     start = cutting.tiny("llama").double().state_dict()

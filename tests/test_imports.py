@@ -65,6 +65,8 @@ LAYERS = {
         "rules",
         "comparing",
         "methods",
+        "anchor",
+        "terms",
     },
     # the cache and the text, put together of their parts
     2: {
@@ -78,6 +80,7 @@ LAYERS = {
         "output",
         "watch",
         "arguments",
+        "normalizers",
     }
     | {"store.claims", "shards"},
     # examples, the loss, who runs the prior
@@ -87,7 +90,7 @@ LAYERS = {
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
     | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "sweep", "dataset"}
-    | {"trainer"}
+    | {"metrics", "trainer"}
     | {
         "store.inventory",
         "store.histograms",
@@ -116,6 +119,7 @@ def source_of(folder: str) -> dict[str, Path]:
 
 PRODUCTS = {"errors", "home", "native", "products"}
 NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "weigher"}
+LOSS = NUMBERS | {"anchor", "terms"}
 CACHE = {
     "errors",
     "home",
@@ -161,11 +165,13 @@ REACH = {
     "weigher": {"errors", "stats"},
     "rules": {"errors", "roles", "stats", "weigher"},
     "comparing": {"errors", "roles", "stats", "weigher", "rules"},
-    "loss": NUMBERS,
-    "fused": NUMBERS | {"loss", "memory"},
+    "anchor": set(),
+    "terms": NUMBERS - {"headcheck", "chunk"} | {"anchor"},
+    "loss": LOSS,
+    "fused": LOSS | {"loss", "memory"},
     "packing": PRODUCTS | {"heads"},
     "packcheck": PRODUCTS | {"heads", "headcheck", "memory", "packing"},
-    "forward": NUMBERS | {"loss", "packing"},
+    "forward": LOSS | {"loss", "packing"},
     "backends": NUMBERS | {"identity", "store.versions"},
     "backends.batches": set(),
     "memory": {"errors"},

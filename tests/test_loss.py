@@ -11,6 +11,7 @@ from prift.loss import weighted_loss
 from prift.methods import weigher
 from prift.stats import TokenStats, token_stats
 from prift.weigher import Rule, Weigher
+from tests import references
 
 H, V = 16, 203
 
@@ -29,8 +30,11 @@ def given_weights(values: torch.Tensor) -> tuple[Weigher, TokenStats]:
     return Weigher.of(rule, "prior"), TokenStats(logprob=values)
 
 
-def naive(hidden, weight, bias, targets, weights, scale=1.0, softcap=None):
-    """Loss and gradients of sum(w * nll) in float64, with every logit in memory."""
+def naive(hidden, weight, bias, targets, weights, scale=1.0, softcap=None, anchor=None):
+    """Loss and gradients of sum(w * nll) in float64, with every logit in memory.
+
+    anchor  (factor, log q [N]): plus factor * k3 of each token
+    """
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
     z = leaves[0] @ leaves[1].T + (leaves[2] if bias is not None else 0)
     z = z * scale
@@ -39,8 +43,12 @@ def naive(hidden, weight, bias, targets, weights, scale=1.0, softcap=None):
     nll = torch.nn.functional.cross_entropy(z, targets, reduction="none")
     if callable(weights):
         weights = weights(z.detach(), targets)
-    (nll * weights.double()).sum().backward()
-    return (nll * weights).sum().detach(), nll.detach(), [leaf.grad for leaf in leaves]
+    loss = (nll * weights.double()).sum()
+    if anchor is not None:
+        pairs = zip(anchor[1].tolist(), nll, strict=True)
+        loss = loss + anchor[0] * sum(references.k3(log_q, -one) for log_q, one in pairs)
+    loss.backward()
+    return loss.detach(), nll.detach(), [leaf.grad for leaf in leaves]
 
 
 def check(hidden, weight, bias, targets, ours, expected, tolerance):

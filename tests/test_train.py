@@ -203,14 +203,14 @@ def test_the_suggested_command_names_the_prior_being_read(tmp_path):
 def test_a_token_that_the_prior_excludes_spoils_no_metric(lab, tmp_path):
     """logprob -inf: weight 0 under prob and mass, and left out of drift."""
     from prift.forward import LabelTokens, Weighted
-    from prift.trainer import _SUMS, _per_token, _ratios
+    from prift.metrics import SUMS, per_token, ratios
 
     out = {"nll": torch.tensor([1.0, 2.0]), "weights": torch.tensor([1.0, 1.0])}
     place = torch.arange(2)
     prior = {"logprob": torch.tensor([-0.5, -torch.inf])}
     weighted = Weighted(LabelTokens(place, place, place), prior, every_nll=True)
-    sums = _per_token(out, weighted).sum(0).tolist()
-    found = _ratios(dict(zip(_SUMS, sums, strict=True)))
+    sums = per_token(out, weighted).sum(0).tolist()
+    found = ratios(dict(zip(SUMS, sums, strict=True)))
     assert found["drift"] == found["drift_kept"] == pytest.approx(-0.5)
     assert found["nll"] == pytest.approx(1.5)
 

@@ -154,6 +154,29 @@ def test_the_balance_loss_of_experts_is_added_unweighted(tmp_path):
     assert losses[True] > losses[False] + 0.1
 
 
+def test_micro_batches_of_experts_are_averaged_as_transformers_alone_has_them(tmp_path):
+    """--normalize micro-batch: the mean of what the model itself answers to each."""
+    lab = Lab(tmp_path, "mixtral")
+    config = tf.AutoConfig.from_pretrained(lab.model)
+    config.output_router_logits, config.router_aux_loss_coef = True, 0.5
+    config.save_pretrained(lab.model)
+    examples, _ = lab.spec().load(lab.model, config)
+    data = PriorDataset(examples, {})
+    model = tf.AutoModelForCausalLM.from_pretrained(lab.model, dtype=torch.float32)
+    batches = [collate([data[i], data[i + 1]]) for i in (0, 2)]
+    assert batches[0]["num_labels"] != batches[1]["num_labels"]
+    with torch.no_grad():
+        wanted = np.mean([float(model(**plain(batch)).loss) for batch in batches])
+    flags = "--max_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    flags += " --train_sampling_strategy sequential"
+    found = []
+    for normalize in ("micro-batch", "tokens"):
+        lab.train(normalize, "sft", flags, cache=None, normalize=normalize)
+        found.append(lab.history(normalize)[0]["loss"])
+    assert found[0] == pytest.approx(wanted, rel=1e-5)
+    assert abs(found[1] - wanted) > 1e-4 * wanted
+
+
 def test_weights_of_the_rule_reach_the_loss(lab):
     """A threshold that keeps everything makes prift-mass equal to sft."""
     flags = "--max_steps 3 --learning_rate 1e-3 --train_sampling_strategy sequential"
