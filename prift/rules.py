@@ -117,13 +117,14 @@ def entropy(stats: TokenStats, *, low: float = 0.0, high: float = math.inf) -> T
 
 
 @rule("eaft", needs=("entropy_top20",))
-def eaft(stats: TokenStats, *, alpha: float = 1.0) -> Tensor:
-    """w = (H20 / 3)^alpha, in [0, 1): EAFT (arXiv 2601.02151).
+def eaft(stats: TokenStats, *, alpha: float = 1.0, divisor: float = 3.0) -> Tensor:
+    """w = (H20 / divisor)^alpha, in [0, 1) with a divisor of 3: EAFT (arXiv 2601.02151).
 
     H20 is the entropy in nats of the 20 most likely tokens, renormalised; 3 is about log 20.
     """
     _check("alpha", alpha, 0, math.inf, "a finite power of 0 or more")
-    return (stats.entropy_top20 / 3).pow(alpha)
+    _check("divisor", divisor, math.ulp(0.0), math.inf, "a finite number of nats above 0")
+    return (stats.entropy_top20 / divisor).pow(alpha)
 
 
 @rule("eaft-full", needs=("entropy",))

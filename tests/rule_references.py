@@ -110,9 +110,9 @@ def weight_entropy(q, y, low=0.0, high=math.inf):
     return float(low <= _entropy(q) <= high)
 
 
-def weight_eaft(q, y, alpha=1.0):
+def weight_eaft(q, y, alpha=1.0, divisor=3.0):
     top = sorted(q, reverse=True)[:20]
-    return (_entropy([v / sum(top) for v in top]) / 3.0) ** alpha
+    return (_entropy([v / sum(top) for v in top]) / divisor) ** alpha
 
 
 def weight_eaft_full(q, y, alpha=1.0):

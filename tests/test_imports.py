@@ -42,6 +42,7 @@ LAYERS = {
         "memory",
         "signals",
         "order",
+        "presets",
         "roles",
     },
     # one concern each, on top of those

@@ -49,6 +49,7 @@ EXAMPLES = [
     ("entropy", {"low": "0.5", "high": "1.5"}, stats(entropy=[0, 1, 2]), None, None, [0, 1, 0]),
     ("eaft", {}, stats(entropy_top20=[0, 1.5]), None, None, [0, 0.5]),
     ("eaft", {"alpha": "2"}, stats(entropy_top20=[0, 1.5]), None, None, [0, 0.25]),
+    ("eaft", {"divisor": "1"}, stats(entropy_top20=[0, 1.5]), None, None, [0, 1.5]),
     ("eaft-full", {}, stats(entropy=[1.5, 6]), None, None, [0.5, 1]),
     # log q + H = 0, -2, 2: g = e^0 = 1, e^2 > 2, e^-2 = 0.13534; w = e^-1, e^(-3 * 2),
     # e^(-0.5 * 0.13534)
