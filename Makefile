@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all bench-score bench-rounding bench-train bench-scale bench-cache bench-gpu lint docs data clean
+.PHONY: demo test test-all bench-score bench-rounding bench-train bench-scale bench-cache bench-rules bench-gpu lint docs data clean
 
 # torch first and by itself: any other package that asks for torch would pull another build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -44,9 +44,13 @@ bench-cache: $(VENV)/.installed  ## a cache of a million sequences: bytes, and t
 bench-gpu:  ## the tests of the CUDA paths, then stages 1 and 2 on random-weight 1.5B and 7B models
 	$(PYTHON) -m pytest -q -m 'not slow' tests/test_stats.py tests/test_fold.py \
 	  tests/test_packing.py tests/test_prompts.py tests/test_hf.py tests/test_products.py \
-	  tests/test_fused.py
+	  tests/test_fused.py tests/test_chunk.py tests/test_loss.py
 	$(PYTHON) -m benchmarks.gpu --json bench-gpu.json
 	$(PYTHON) -m benchmarks.gpu_train --json bench-gpu-train.json
+	$(PYTHON) -m benchmarks.rules --device cuda --shapes 1.5B --json bench-gpu-rules.json
+
+bench-rules: $(VENV)/.installed  ## what each rule adds to a training step
+	@$(BIN)/python -m benchmarks.rules --json bench-rules.json
 
 # What only `make bench-train` compares with.
 $(VENV)/.installed-bench: $(VENV)/.installed

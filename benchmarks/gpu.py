@@ -39,7 +39,7 @@ SHAPES = {
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 5000,
              "tie_word_embeddings": True},
 }  # fmt: skip
-SEQUENCES = {"1.5B": 8192, "7B": 2048, "tiny": 64}
+SEQUENCES = {"1.5B": 2048, "7B": 512, "tiny": 64}
 VARIANTS = ("floor", "prift", "prift-to-cache", *REFERENCES)
 _IDENTITY = PriorIdentity(
     "0" * 64, "0" * 64, None, "bfloat16", "float32", "sdpa", None, "hf", STATS_VERSION
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", nargs="*", default=["1.5B", "7B"], choices=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args()
     rate = matrix_rate(options.device)

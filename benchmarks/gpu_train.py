@@ -2,18 +2,18 @@
 
 Random-weight models of Qwen2.5's shapes in bfloat16, with gradient checkpointing, on batches of
 full rows, 35 % of the tokens prompt and a quarter of the label tokens weighed zero by prift-mass.
-For each way: wall seconds of forward and backward, least of the rounds, the ratio to plain SFT,
-peak memory above the model (its gradients included, and a reference where there is one; no
-optimiser), and model FLOP utilisation against the matrix rate measured on the same card. FLOPs are
-those plain SFT needs at least: six per weight that a token meets, the body for every token, the
+For each way: wall seconds of forward and backward, least of the interleaved rounds, the ratio to
+plain SFT, peak memory above the model (its gradients included, and a reference where there is one;
+no optimiser), and model FLOP utilisation against the matrix rate measured on the same card. FLOPs
+are those plain SFT needs at least: six per weight that a token meets, the body for every token, the
 projection for label tokens, and causal attention; neither checkpoints' second forward nor rows
 that prift-mass leaves out are counted otherwise, so that utilisations compare like times.
 
 Where another package's kernel of the loss is installed, its time beside prift's own, or why it is
 not used, is said first (prift/fused.py); the steps are measured without.
 
-`prift-mass packed` runs the same rows end to end (--packing): what the other attention costs, where
-no padding is saved.
+`prift-mass packed` runs the same rows end to end (--packing), where torch has the attention for it:
+what it costs, where no padding is saved.
 
 What does not fit in memory is said to, and left out. --device cpu --shapes tiny tries the code
 where there is no GPU.
@@ -34,7 +34,8 @@ from benchmarks.gpu import SHAPES, matrix_rate
 from benchmarks.measure import machine, table, write
 from prift.fused import choose
 from prift.heads import head_of
-from prift.packing import laid_end_to_end, varlen_attention
+from prift.memory import free_memory
+from prift.packing import kernel_refusal, laid_end_to_end, varlen_attention
 
 VARIANTS = (*steps.VARIANTS, "prift-mass packed")
 ROWS = {"1.5B": 8, "7B": 4, "tiny": 2}
@@ -69,34 +70,38 @@ def end_to_end(batch: dict, prior: dict) -> tuple[dict, dict]:
     }, flat_prior
 
 
-def measured(
-    variant: str, model: nn.Module, batch: dict, prior: dict, rounds: int
-) -> tuple[float, float]:
-    """(wall seconds, peak MiB above the model) of the variant, after one uncounted step."""
-    cuda = batch["labels"].is_cuda
-    before = torch.cuda.memory_allocated() if cuda else 0
-    packed = variant.endswith(" packed")
-    batch, prior = end_to_end(batch, prior) if packed else (batch, prior)
-    best = float("inf")
-    with varlen_attention(model) if packed else nullcontext():
-        loss = steps.step(variant.removesuffix(" packed"), model, batch, prior)
-        for number in range(rounds + 1):
-            if cuda:
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            steps.train_once(loss, model)
-            if cuda:
-                torch.cuda.synchronize()
-            if number:
-                best = min(best, time.perf_counter() - begin)
-            elif cuda:
-                torch.cuda.reset_peak_memory_stats()  # what was compiled at first is not counted
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else float("nan")
-    return best, peak
+class Way:
+    """One variant of a step, ready to be taken again and again."""
+
+    def __init__(self, variant: str, model: nn.Module, batch: dict, prior: dict):
+        self.variant, self._model = variant, model
+        packed = variant.endswith(" packed")
+        given = end_to_end(batch, prior) if packed else (batch, prior)
+        self._within = (lambda: varlen_attention(model)) if packed else nullcontext
+        with self._within():
+            self._loss = steps.step(variant.removesuffix(" packed"), model, *given)
+        self._cuda = batch["labels"].is_cuda
+        self.seconds, self.mib = float("inf"), float("nan")
+
+    def take(self, counted: bool) -> None:
+        """One step; the first is not counted, since it compiles."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if self._cuda else float("nan")
+        begin = time.perf_counter()
+        with self._within():
+            steps.train_once(self._loss, self._model)
+        if self._cuda:
+            torch.cuda.synchronize()
+        if counted:
+            self.seconds = min(self.seconds, time.perf_counter() - begin)
+            peak = torch.cuda.max_memory_allocated() if self._cuda else float("nan")
+            self.mib = (peak - before) / 2**20
 
 
 def measure(shape: str, device: str, rounds: int, rate: float) -> list[dict]:
-    """Every variant on one shape, in turn, so that a reference is in memory for one only."""
+    """Every variant on one shape, in interleaved rounds."""
     options = SHAPES[shape] | {"max_position_embeddings": 4096}
     vocabulary = options.pop("vocab_size")
     model = steps.random_model(vocabulary, "bfloat16", device, **options)
@@ -104,21 +109,35 @@ def measure(shape: str, device: str, rounds: int, rate: float) -> list[dict]:
     batch = steps.random_batch(vocabulary, ROWS[shape], LENGTH[shape], device)
     prior = steps.drawn_prior(batch["labels"])
     choose(head_of(model), torch.device(device), torch.bfloat16, lambda line: print(shape, line))
-    needed, found = flops(model, batch), []
-    for variant in VARIANTS:
-        try:
-            seconds, mib = measured(variant, model, batch, prior, rounds)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{shape} {variant}: out of memory")
-            seconds, mib = float("nan"), float("nan")
-        model.zero_grad(set_to_none=True)
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        found.append(
-            {"shape": shape, "variant": variant, "tokens": batch["labels"].numel(),
-             "seconds": seconds, "peak_mib": mib, "mfu": needed / seconds / rate}
-        )  # fmt: skip
+    cannot = kernel_refusal(torch.device(device), torch.bfloat16)
+    if cannot:
+        print(f"{shape}: no packed variant: {cannot}")
+    ways = [
+        Way(variant, model, batch, prior)
+        for variant in VARIANTS
+        if not (cannot and variant.endswith(" packed"))
+    ]
+    for number in range(rounds + 1):
+        for way in list(ways):
+            try:
+                way.take(counted=number > 0)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{shape} {way.variant}: out of memory")
+                model.zero_grad(set_to_none=True)
+                ways.remove(way)
+    return _rows(shape, ways, model, batch, flops(model, batch) / rate)
+
+
+def _rows(
+    shape: str, ways: list[Way], model: nn.Module, batch: dict, least_seconds: float
+) -> list[dict]:
+    reference = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    found = [
+        {"shape": shape, "variant": way.variant, "tokens": batch["labels"].numel(),
+         "seconds": way.seconds, "mfu": least_seconds / way.seconds,
+         "peak_mib": way.mib + (reference if way.variant == "online-mass" else 0)}
+        for way in ways
+    ]  # fmt: skip
     for row in found:
         row["ratio"] = row["seconds"] / found[0]["seconds"]
         row["mib_ratio"] = row["peak_mib"] / found[0]["peak_mib"]
@@ -138,6 +157,8 @@ def main() -> None:
     found = []
     for shape in options.shapes:
         found += measure(shape, options.device, options.rounds, rate)
+        gc.collect()
+        free_memory()
     table(
         ["shape", "variant", "tokens/s", "to plain SFT", "MFU", "peak MiB", "MiB to plain SFT"],
         [[r["shape"], r["variant"], f"{r['tokens'] / r['seconds']:,.0f}", f"{r['ratio']:.2f}",

@@ -2,15 +2,17 @@
 
 The logits are made a tile of the vocabulary at a time and become exponentials while the tile is
 still in the processor's cache; what is kept is e = exp(z - reference), of which the gradient is a
-product away. On a GPU a tile is the whole vocabulary.
+product away. For a GPU see whole.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from prift.fold import Fold
 from prift.heads import Head
+from prift.stats import TokenStats
 
 _TILE_COLUMNS = 2048
 _LARGE = 1e25  # of a row's sum: beyond, a weight over it comes near float32's smallest numbers
@@ -26,7 +28,7 @@ class Chunk:
     def __init__(self, head: Head, hidden_CH: Tensor, targets_C: Tensor, keep: bool = True):
         self.head, self.hidden_CH, self.targets_C = head, hidden_CH, targets_C
         C, V = len(targets_C), len(head.weight)
-        width = max(1, V if hidden_CH.is_cuda else min(V, _TILE_COLUMNS))
+        width = max(1, min(V, _TILE_COLUMNS))
         self._tiles = [slice(i, min(i + width, V)) for i in range(0, V, width)]
         size = C * (V if keep else width)
         self._kept = torch.empty(size, dtype=torch.float32, device=hidden_CH.device)
@@ -73,6 +75,11 @@ class Chunk:
             for number, tile in enumerate(self._tiles)
         ]
         return torch.stack(tops).amax(0)
+
+    def stats(self, names: Sequence[str]) -> TokenStats:
+        """Statistics [C] of the targets, whose logits are made once more: ties and ranks need them
+        as they were."""
+        return Fold(self.head, names=names)(self.hidden_CH, self.targets_C)
 
     def gradients(self, weights_C: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(tile, gradient [C, columns] of sum(weights * nll) at the raw projection), once."""

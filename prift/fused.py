@@ -26,6 +26,7 @@ from prift.heads import Head, head_of
 from prift.loss import Kernel, weighted_loss
 from prift.memory import free_memory
 from prift.weigher import Rule, Weigher
+from prift.whole import passes
 
 _ROWS = 1024  # enough for many blocks of rows, whose sums a kernel may round one by one
 _SPREAD = (0.5, 20.0)  # of a row's logits: flat ones, and those that meet a soft cap
@@ -82,8 +83,9 @@ def choose(
         if device.type != "cuda":
             return None
         kernels = {n: k for n, k in KERNELS.items() if importlib.util.find_spec(n)}
-        if not kernels:
-            say(f"loss: prift's own; not installed: {', '.join(KERNELS)}")
+        refusal = passes(device.type).refusal
+        how = "compiled" if refusal is None else f"not compiled, so slower: {refusal}"
+        say(f"loss: prift's own is {how}")
     bias = None if head.bias is None else head.bias.detach().to(device, dtype)
     head = replace(head, weight=head.weight.detach().to(device, dtype), bias=bias)
     for name, nll in kernels.items():

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from prift.chunk import Chunk
+from prift.fold import Fold
 from prift.heads import Head
 from prift.products import add_pull_back, add_turned
-from prift.stats import TokenStats
-from prift.terms import Anchor, Online, Terms
+from prift.stats import TokenStats, tile_sums
+from prift.terms import Anchor, Asked, Online, Terms
 from prift.weigher import Weigher
+from prift.whole import WholeChunk, passes
 
 _CHUNK_BYTES = 320 << 20  # of one float32 chunk of exponentials
 _CHUNK_ROWS = (64, 1024)  # fewer: each chunk's V x H accumulation dominates; more: no faster
@@ -104,7 +106,7 @@ def weighted_loss(
         if weigher.source == "online" and weights_N is None:
             weights = Online(weigher, prior, sequence_N, role_N)
             if weigher.scope != "token":
-                weights = weights.all(hidden_NH.detach(), head, targets_N)
+                weights = weights.all(_statistics(hidden_NH.detach(), head, targets_N))
         else:
             weights = weights_N
             if weights is None:
@@ -154,7 +156,8 @@ def _cross_entropy(
         nll_N = kernel.nll(hidden_NH, head, targets_N)
         found_N, every = nll_N.detach(), slice(0, len(nll_N))
         with torch.no_grad():
-            weights_N, value_N, slope_N = terms.rows(every, head, hidden_NH, targets_N, found_N)
+            asked = _statistics(hidden_NH, head, targets_N)
+            weights_N, value_N, slope_N = terms.rows(every, found_N, asked)
         # Its value is that of the terms, its gradient their derivative.
         loss = value_N.sum() + (slope_N * (nll_N - found_N)).sum()
         return loss, found_N, weights_N
@@ -189,13 +192,13 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:3])
         for rows in _chunks(R, V):
             h_CH, y_C = hidden_RH[rows], targets_R[rows]
-            chunk = Chunk(head, h_CH, y_C, keep=wanted)
+            chunk = _chunk(head, h_CH, y_C, wanted)
             nll_R[rows] = chunk.nll_C
-            weights_R[rows], values_R[rows], slopes_C = terms.rows(
-                rows, head, h_CH, y_C, nll_R[rows]
-            )
+            found = terms.rows(rows, chunk.nll_C, chunk.stats)
+            weights_R[rows], values_R[rows], slopes_C = found
             if wanted:
                 grads.add(rows, chunk, slopes_C)
+            del chunk, found  # before the next one's logits are made
         ctx.grads = grads.hidden_RH, grads.weight_VH, grads.bias_V
         ctx.dtypes = weight_VH.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(nll_R, weights_R)
@@ -227,7 +230,7 @@ class _Gradients:
     weight_VH: Tensor | None
     bias_V: Tensor | None
 
-    def add(self, rows: slice, chunk: Chunk, slopes_C: Tensor) -> None:
+    def add(self, rows: slice, chunk: Chunk | WholeChunk, slopes_C: Tensor) -> None:
         """The gradients over one chunk's rows of what has this derivative by their nll."""
         h_CH = chunk.hidden_CH
         grad_CH = torch.zeros_like(h_CH, dtype=torch.float32)
@@ -241,6 +244,18 @@ class _Gradients:
                 add_turned(self.weight_VH[tile], g_CT, h_CH)
         if self.hidden_RH is not None:
             self.hidden_RH[rows] = grad_CH
+
+
+def _chunk(head: Head, hidden_CH: Tensor, targets_C: Tensor, keep: bool) -> Chunk | WholeChunk:
+    if hidden_CH.is_cuda:
+        return WholeChunk(head, hidden_CH, targets_C)
+    return Chunk(head, hidden_CH, targets_C, keep)
+
+
+def _statistics(hidden_NH: Tensor, head: Head, targets_N: Tensor) -> Asked:
+    """Statistics of all rows, by a pass over the output projection of its own."""
+    sums = passes("cuda").tile_sums if hidden_NH.is_cuda else tile_sums
+    return lambda names: Fold(head, names=names, sums=sums)(hidden_NH, targets_N)
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:

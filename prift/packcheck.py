@@ -1,7 +1,9 @@
 """Whether a model keeps packed sequences apart: tried on a few, not trusted.
 
-Their hidden states are compared with those the sequences have alone, and what each layer asks of
-its attention with what the config says: a few short sequences would not show a window.
+Their hidden states are compared with those the sequences have alone, and with those they have
+beside others: in half precision rounding may hide a neighbour's influence from the first
+comparison, and not from the second, where all is computed alike. What each layer asks of its
+attention is compared with what the config says: a few short sequences would not show a window.
 """
 
 from collections.abc import Sequence
@@ -24,6 +26,9 @@ from prift.packing import (
     windows,
 )
 
+_SEEN = 1 / 16, 1e-6
+"""Relative difference that other sequences' tokens may make, in units of the dtype, or at least:
+what adds up in another order where experts sort tokens. All else comes out to the bit."""
 _WORST_ROW = 0.3  # relative difference of one row: more than rounding makes of any
 
 
@@ -88,6 +93,10 @@ def _misfit(
         )
     if [options.get("sliding_window") for _, options in asked] != windows(config):
         return "it tells its layers' windows by the mask alone, which packed sequences have not"
+    with varlen_attention(model):
+        seen = _seen(model, tensors, longest, found)
+    if not seen <= max(_SEEN[0] * torch.finfo(computed_in(model)).eps, _SEEN[1]):
+        return f"sequences see each other, relative difference {seen:.2g}"
     if training:
         for module, _ in asked:
             module.training = True  # the attention alone: nothing else makes noise
@@ -97,6 +106,19 @@ def _misfit(
     one = [torch.from_numpy(s.astype(np.int64))[None].to(device) for s in sequences]
     alone = [run_body(body, ids_1T, head)[0] for ids_1T in one]
     return difference(found.to(head.weight), torch.cat(alone), computed_in(model))
+
+
+def _seen(model: nn.Module, tensors: list[Tensor], longest: int, found_TH: Tensor) -> float:
+    """How much hidden states of every second sequence change with the tokens of the others."""
+    ids_T, places_T, ends = tensors
+    own_T = torch.searchsorted(ends[1:], torch.arange(len(ids_T), device=ends.device), right=True)
+    kept_T = own_T % 2 == 1
+    rows = model.get_input_embeddings().weight.shape[0]
+    others_T = torch.where(kept_T, ids_T, (ids_T + rows // 2) % rows)
+    again_TH = packed_hidden(model, others_T, places_T, ends, longest)[kept_T].double()
+    kept_TH = found_TH[kept_T].double()
+    apart = (again_TH - kept_TH).masked_fill(again_TH.isnan() & kept_TH.isnan(), 0)
+    return float(apart.norm() / kept_TH.nan_to_num().norm().clamp_min(1e-30))
 
 
 def _differentiate(module: nn.Module, tensors: tuple[Any, ...], options: dict[str, Any]) -> None:

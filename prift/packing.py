@@ -6,6 +6,7 @@ gradient (gradient checkpointing) gets the same; without them the attention is t
 and a model whose attention was switched answers as it always did.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,8 +60,6 @@ def attend(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    from torch.nn.attention.varlen import varlen_attn
-
     asked = [words for name, words in _MORE.items() if options.get(name) is not None]
     asked += ["dropout (set it to 0 in config.json)"] if options.get("dropout") else []
     asked += [] if getattr(module, "is_causal", True) else ["tokens that see those behind them"]
@@ -72,12 +71,31 @@ def attend(
     if torch.is_autocast_enabled(kind):  # rotary embeddings widen what a linear layer made
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     window = options.get("sliding_window")
-    out = varlen_attn(
-        query, key, value, ends, ends, max_length_q, max_length_q,
-        scale=options.get("scaling"), window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    seen = (-1 if window is None else window - 1, 0)
+    out = _attention(query, key, value, ends, max_length_q, options.get("scaling"), seen)
     return out[None], None
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, *options: Any
+) -> Tensor:
+    """[T, heads, D] of query, key, value [T, heads, D], the latter two of as many heads or fewer.
+
+    options  the scale of the products, and how far a token sees (before it, behind it)
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    scale, seen = options
+    fewer = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            fewer = {"enable_gqa": True}
+        else:  # torch 2.11
+            times = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(times, 1) for x in (key, value))
+    return varlen_attn(
+        query, key, value, ends, ends, longest, longest, scale=scale, window_size=seen, **fewer
+    )
 
 
 def packed_hidden(

@@ -4,16 +4,18 @@ Weights are known beforehand, or are those of a rule that asks the model in trai
 statistics exist only while its logits do. Either way a chunk of rows is asked once, with its nll.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from prift.anchor import k3
-from prift.fold import Fold
-from prift.heads import Head
 from prift.stats import TokenStats
 from prift.weigher import Weigher
+
+Asked = Callable[[Sequence[str]], TokenStats]
+"""Statistics by name: of a chunk's rows, or of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +28,25 @@ class Online:
     sequence_N: Tensor | None
     role_N: Tensor | None
 
-    def rows(self, rows: slice, head: Head, h_CH: Tensor, y_C: Tensor, nll_C: Tensor) -> Tensor:
-        """Weights [C] of these rows. Of the statistics the logprob alone is known already; for
-        more the logits are made once more, since ties and ranks need them unrounded."""
+    def rows(self, rows: slice, nll_C: Tensor, asked: Asked) -> Tensor:
+        """Weights [C] of these rows. Of the statistics the logprob alone is known already."""
         if set(self.weigher.needs) <= {"logprob"}:
             stats = TokenStats(logprob=(-nll_C).clamp_max(0))
         else:
-            stats = Fold(head, names=self.weigher.needs)(h_CH, y_C)
+            stats = asked(self.weigher.needs)
         sequence_C, role_C = (
             None if values is None else values[rows] for values in (self.sequence_N, self.role_N)
         )
-        base = self.prior.map(lambda values: values[rows].to(h_CH.device))
-        return self.weigher(stats, sequence_C, base, role_C).expand(len(y_C))
+        base = self.prior.map(lambda values: values[rows].to(nll_C.device))
+        return self.weigher(stats, sequence_C, base, role_C).expand(len(nll_C))
 
     @torch.no_grad()
-    def all(self, hidden_NH: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-        """Weights [N] of rules that look at many tokens: a pass over the chunks of its own."""
-        stats = Fold(head, names=self.weigher.needs)(hidden_NH, targets_N)
-        base = self.prior.map(lambda values: values.to(hidden_NH.device))
-        found = self.weigher(stats, self.sequence_N, base, self.role_N)
-        return found.expand(len(targets_N))
+    def all(self, asked: Asked) -> Tensor:
+        """Weights [N] of rules that look at many tokens, whose statistics are made beforehand."""
+        stats = asked(self.weigher.needs)
+        like = getattr(stats, stats.names()[0])
+        base = self.prior.map(lambda values: values.to(like.device))
+        return self.weigher(stats, self.sequence_N, base, self.role_N).expand(len(like))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,15 @@ class Terms:
     scale_N: Tensor | None = None
     anchor: Anchor | None = None
 
-    def rows(
-        self, rows: slice, head: Head, h_CH: Tensor, y_C: Tensor, nll_C: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(weights, what each token adds, its derivative by nll), float32 [C]."""
+    def rows(self, rows: slice, nll_C: Tensor, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
+        """(weights, what each token adds, its derivative by nll), float32 [C].
+
+        asked  gives these rows' statistics
+        """
         if isinstance(self.weights, Tensor):
             weights_C = self.weights[rows]
         else:
-            weights_C = self.weights.rows(rows, head, h_CH, y_C, nll_C)
+            weights_C = self.weights.rows(rows, nll_C, asked)
         slope_C = weights_C if self.scale_N is None else weights_C * self.scale_N[rows]
         value_C = slope_C * nll_C
         if self.anchor is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import steps, train
-from benchmarks.gpu_train import end_to_end, flops, measured
+from benchmarks.gpu_train import Way, end_to_end, flops
 from benchmarks.peers import TRL, Padded
 from benchmarks.trainers import BATCH, FIXED, Whole
 from prift.methods import METHODS
@@ -114,12 +114,15 @@ def test_padding_to_a_fixed_length():
 def test_the_gpu_benchmark_runs_without_one(tiny):
     model, batch, _ = tiny
     prior = steps.drawn_prior(batch["labels"])
-    seconds, _ = measured("prift-mass", model, batch, prior, 1)
-    assert seconds > 0
+    way = Way("prift-mass", model, batch, prior)
+    way.take(counted=True)
+    assert 0 < way.seconds < float("inf")
     flat = end_to_end(batch, prior)
     loss = steps.step("prift-mass", model, batch, prior)()
     with on_the_cpu():
-        assert measured("prift-mass packed", model, batch, prior, 1)[0] > 0
+        packed = Way("prift-mass packed", model, batch, prior)
+        packed.take(counted=True)
+        assert 0 < packed.seconds < float("inf")
         with varlen_attention(model):
             packed = steps.step("prift-mass", model, *flat)()
     assert packed.item() == pytest.approx(loss.item(), rel=1e-5)

@@ -58,6 +58,7 @@ LAYERS = {
         "packcheck",
         "fold",
         "chunk",
+        "whole",
         "lora",
         "text.messages",
         "text.rows",
@@ -119,7 +120,7 @@ def source_of(folder: str) -> dict[str, Path]:
 
 
 PRODUCTS = {"errors", "home", "native", "products"}
-NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "weigher"}
+NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "whole", "weigher"}
 LOSS = NUMBERS | {"anchor", "terms"}
 CACHE = {
     "errors",
@@ -167,7 +168,9 @@ REACH = {
     "rules": {"errors", "roles", "stats", "weigher"},
     "comparing": {"errors", "roles", "stats", "weigher", "rules"},
     "anchor": set(),
-    "terms": NUMBERS - {"headcheck", "chunk"} | {"anchor"},
+    "terms": {"errors", "stats", "weigher", "anchor"},
+    "chunk": PRODUCTS | {"heads", "stats", "fold"},
+    "whole": PRODUCTS | {"heads", "stats", "fold"},
     "loss": LOSS,
     "fused": LOSS | {"loss", "memory"},
     "packing": PRODUCTS | {"heads"},

@@ -11,6 +11,7 @@ from prift.loss import weighted_loss
 from prift.methods import weigher
 from prift.stats import TokenStats, token_stats
 from prift.weigher import Rule, Weigher
+from prift.whole import Passes, WholeChunk
 from tests import references
 
 H, V = 16, 203
@@ -61,9 +62,19 @@ def check(hidden, weight, bias, targets, ours, expected, tolerance):
         assert error <= tolerance * wanted.norm() + 1e-12
 
 
+@pytest.fixture(params=["tiles", "whole"])
+def way(request, monkeypatch):
+    """How the chunks are made: as on a CPU, or as on a GPU."""
+    if request.param == "whole":
+        monkeypatch.setattr(
+            loss_module, "_chunk", lambda head, h, y, keep: WholeChunk(head, h, y, Passes())
+        )
+    return request.param
+
+
 @pytest.mark.parametrize("weights", ["random", "ones", "zeros", "one", "negative", "sparse"])
 @pytest.mark.parametrize("head", [(1.0, None), (0.5, None), (1.0, 4.0)])
-def test_gradients_equal_the_naive_ones(weights, head, monkeypatch):
+def test_gradients_equal_the_naive_ones(weights, head, monkeypatch, way):
     monkeypatch.setattr(loss_module, "_CHUNK_ROWS", (1, 7))  # odd chunk edges
     hidden, weight, bias, targets = case(40, seed=len(weights))
     values = {
@@ -79,7 +90,7 @@ def test_gradients_equal_the_naive_ones(weights, head, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["prob", "mass"])
-def test_online_rules_weigh_with_the_models_own_statistics(name, monkeypatch):
+def test_online_rules_weigh_with_the_models_own_statistics(name, monkeypatch, way):
     monkeypatch.setattr(loss_module, "_CHUNK_ROWS", (1, 7))
     hidden, weight, bias, targets = case(40, seed=5)
     chosen = weigher(name, "online", {})
@@ -134,7 +145,7 @@ def test_a_rule_that_looks_at_sequences_takes_two_passes(monkeypatch):
     assert len(ours.weights.unique()) == 5
 
 
-def test_bfloat16_is_no_worse_than_naive_bfloat16():
+def test_bfloat16_is_no_worse_than_naive_bfloat16(way):
     hidden, weight, bias, targets = case(64, seed=9, dtype=torch.bfloat16)
     values = torch.rand(64)
     chosen, prior = given_weights(values)
@@ -171,7 +182,7 @@ def test_rows_of_weight_zero_are_not_run_unless_asked():
     )  # fmt: skip
 
 
-def test_no_label_token_at_all():
+def test_no_label_token_at_all(way):
     hidden, weight, bias, targets = case(0, seed=3)
     out = weighted_loss(hidden, Head(weight, bias), targets, *given_weights(torch.zeros(0)))
     out.loss.backward()
@@ -203,7 +214,7 @@ def test_evaluation_makes_no_gradient(monkeypatch):
     assert made
 
 
-def test_a_diverged_model_gives_nan_and_no_exception():
+def test_a_diverged_model_gives_nan_and_no_exception(way):
     hidden, weight, bias, targets = case(9, seed=4)
     with torch.no_grad():
         hidden[2] = torch.nan
@@ -211,7 +222,7 @@ def test_a_diverged_model_gives_nan_and_no_exception():
     assert out.loss.isnan() and out.nll.isnan().sum() == 1
 
 
-def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients():
+def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(way):
     hidden, weight, bias, targets = case(30, seed=6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = weighted_loss(hidden, Head(weight, bias), targets, weigher("uniform", None, {}), None)

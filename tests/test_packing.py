@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from prift import packcheck
 from prift.backends.batches import Group
 from prift.backends.bodies import padded_rows
 from prift.backends.packing import can_pack, packed_rows
@@ -19,6 +20,7 @@ from prift.backends.prompts import can_share
 from prift.backends.ways import Ways
 from prift.headcheck import head_or_reason
 from prift.heads import body_of
+from prift.packcheck import packing_misfit
 from prift.packing import NAME, kernel_refusal, varlen_attention
 from prift.scoring import _Lazy
 from tests.families import tiny
@@ -108,6 +110,8 @@ def test_a_model_that_cannot_is_found_out(family, reason):
 def test_a_model_that_counts_places_through_all_sequences_is_found_out():
     """A model with a fault: it does not hand on the places it is given."""
     model, body, head, _, _ = given("gpt2")
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(20)  # places tell, in half precision too
     ids = sequences(301, [5, 20, 2, 10])
     positions = [np.arange(1, len(s)) for s in ids]
     forward = body.forward
@@ -119,6 +123,43 @@ def test_a_model_that_counts_places_through_all_sequences_is_found_out():
     body.forward, said = blind, []
     Ways(model, head, said.append, may_pack=True).groups(ids, positions)
     assert len(said) == 1 and "relative difference" in said[0]
+
+
+def test_a_faint_view_of_other_sequences_is_found_out(monkeypatch):
+    """Fainter than what rounding explains of the comparison with sequences alone."""
+    model, body, head, ids, _ = given("llama")
+    forward, share = body.forward, 0.02
+
+    @functools.wraps(forward)
+    def leaking(*args, **options):
+        answer = forward(*args, **options)
+        hidden = answer.last_hidden_state
+        if hidden.shape[0] == 1 and hidden.shape[1] == sum(map(len, ids)):
+            answer.last_hidden_state = hidden + share * hidden.mean(1, keepdim=True)
+        return answer
+
+    monkeypatch.setattr(packcheck, "difference", lambda *_: None)  # as if it explained all
+    assert packing_misfit(model, head, ids) is None
+    body.forward = leaking
+    assert "sequences see each other, relative difference" in packing_misfit(model, head, ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_an_attention_that_wants_as_many_keys_as_queries(family, monkeypatch):
+    """Torch 2.11's has no enable_gqa."""
+    from torch.nn.attention import varlen
+
+    model, _, head, ids, _ = given(family)
+    heads, newer = model.config.num_attention_heads, varlen.varlen_attn
+    assert heads > model.config.num_key_value_heads
+
+    def older(query, key, value, ends, ends_k, longest, longest_k, *, scale, window_size):
+        assert query.shape[1] == key.shape[1] == value.shape[1] == heads
+        options = {"scale": scale, "window_size": window_size}
+        return newer(query, key, value, ends, ends_k, longest, longest_k, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    assert packing_misfit(model, head, ids, training=True) is None
 
 
 def test_sequences_that_are_made_when_asked_for():

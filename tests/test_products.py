@@ -11,6 +11,7 @@ def test_a_device_without_the_wide_addmm_is_found_out():
     assert not products._adds_in_place(torch.device("cpu"), torch.bfloat16)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 has it for CUDA alone")
 def test_torch_has_the_addmm_that_is_called():
     """On the meta device: the signature and the shapes, without arithmetic."""
     assert products._adds_in_place(torch.device("meta"), torch.bfloat16)

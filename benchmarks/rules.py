@@ -1,0 +1,127 @@
+"""What each rule adds to a training step: `make bench-rules`, and a part of `make bench-gpu`.
+
+Forward and backward of one batch (benchmarks/steps.py), with gradient checkpointing on a GPU. For
+each rule and source the ratio to plain weights of 1 (`uniform`), which runs the same rows. From the
+prior the weights are known before the step and all above zero here, so that no row is left out:
+what is measured is a rule's cost, not what its zeros save. Online the rule is computed inside the
+loss from what it needs: the log-probability alone, which is there anyway; the other core
+statistics; or the extended ones, which sort whole rows. Rules of sequence or batch scope take two
+passes over the output projection.
+
+Rounds are interleaved; each ratio is of the least times. --device cpu --shapes tiny tries the code
+where there is no GPU.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from benchmarks import steps
+from benchmarks.gpu import SHAPES
+from benchmarks.measure import machine, table, write
+from prift.forward import Weighted, install, uninstall
+from prift.methods import weigher
+from prift.stats import EXTENDED
+from prift.weigher import RULES, Weigher
+
+SHAPES = SHAPES | {"small": steps.SHAPE | {"vocab_size": 151_936}}
+ROWS = {"1.5B": (8, 1024), "7B": (4, 1024), "small": (2, 512), "tiny": (2, 64)}
+BASE = ("uniform", None)
+
+
+def kind_of(method: Weigher) -> str:
+    """What it needs of the model in training, in words."""
+    needs = set(method.needs)
+    if needs & set(EXTENDED):
+        return "extended"
+    return "core" if needs - {"logprob"} else "logprob" if needs else "nothing"
+
+
+def cases() -> list[tuple[str, str | None]]:
+    """(rule, source) of all that is measured: every rule online, and one from the prior, whose
+    step is the same for all."""
+    return [BASE, ("prob", "prior"), *((name, "online") for name in RULES if name != "uniform")]
+
+
+def loss_of(
+    method: Weigher, model: nn.Module, batch: dict[str, Tensor], prior: dict[str, Tensor]
+) -> Callable[[], Tensor]:
+    """A function that runs the forward of a model in which the method is installed."""
+    source = method.source
+    wanted = {n: prior[n] for n in method.base} if source == "online" else {}
+    weighted = Weighted.of(batch["labels"], wanted)
+    count = len(weighted.tokens.place)
+    if source == "prior":
+        generator = torch.Generator().manual_seed(3)
+        weighted.weights = (0.1 + torch.rand(count, generator=generator)).to(batch["labels"].device)
+    inputs = {n: v for n, v in batch.items() if n != "labels"}
+    return lambda: model(**inputs, weighted=weighted)["loss"] / count
+
+
+def measure(shape: str, device: str, rounds: int) -> list[dict]:
+    """Every case in turn, `rounds` times after one uncounted."""
+    options = dict(SHAPES[shape]) | {"max_position_embeddings": 4096}
+    vocabulary = options.pop("vocab_size")
+    model = steps.random_model(vocabulary, "bfloat16", device, **options)
+    if device == "cuda":
+        model.gradient_checkpointing_enable()
+    batch = steps.random_batch(vocabulary, *ROWS[shape], device)
+    prior = steps.drawn_prior(batch["labels"])
+    best: dict[tuple[str, str | None], float] = {}
+    methods = {case: weigher(*case, {}, allow_negative=True) for case in cases()}
+    for number in range(rounds + 1):
+        for case, method in methods.items():
+            install(model, method)
+            seconds = _timed(loss_of(method, model, batch, prior), model, device)
+            uninstall(model)
+            if number:
+                best[case] = min(seconds, best.get(case, seconds))
+    found = []
+    for (name, source), seconds in best.items():
+        rule = RULES[name]
+        needs = "weights" if source == "prior" else kind_of(methods[name, source])
+        found.append(
+            {"shape": shape, "rule": name, "source": source, "needs": needs, "scope": rule.scope,
+             "seconds": seconds, "ratio": seconds / best[BASE]}
+        )  # fmt: skip
+    return found
+
+
+def _timed(loss: Callable[[], Tensor], model: nn.Module, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    steps.train_once(loss, model)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shapes", nargs="*", default=["small"], choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="file to write")
+    options = parser.parse_args()
+    tf.logging.set_verbosity_error()
+    print(f"{machine()}\n")
+    found = []
+    for shape in options.shapes:
+        found += measure(shape, options.device, options.rounds)
+        gc.collect()
+    table(
+        ["shape", "rule", "source", "needs", "scope", "to uniform"],
+        [[r["shape"], r["rule"], r["source"] or "", r["needs"], r["scope"], f"{r['ratio']:.3f}"]
+         for r in found],
+    )  # fmt: skip
+    write(options.json, {"machine": machine(), "rows": found})
+
+
+if __name__ == "__main__":
+    main()
