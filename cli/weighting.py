@@ -117,7 +117,8 @@ def chosen_weigher(ctx: click.Context, options: dict[str, Any]) -> Any:
         return _of_preset(ctx, given, options)
     if (method is None) == (rule is None) or (method and source):
         raise OptionError(
-            "choose one of --method NAME, --preset NAME, or --rule NAME with --source prior|online."
+            "choose one of --method NAME, or --rule NAME with --source prior|online, or --preset "
+            "NAME."
         )
     if rule:
         refuse_code_of_file(ctx, "rule", rule, given["allow_import"])
