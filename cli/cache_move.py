@@ -10,7 +10,7 @@ import click
 
 from .cache import cache
 from .command import debug, quiet, say
-from .options import cache_root, data_options, data_spec, json_option
+from .options import TEXT_OPTIONS, cache_root, data_options, data_spec, json_option
 from .tables import size
 
 if TYPE_CHECKING:
@@ -221,11 +221,10 @@ def _uses_of(path: str) -> "list[Use]":
         raise OptionError(f"--run {path}: {error}") from error
     if not given.get("model") or not given.get("data"):
         raise OptionError(f"--run {path}: it names no model or no data")
-    names = ("split", "format", "template", "system", "max_length", "on_empty", "limit")
-    names += ("tokenizer", "chat_template", "trust_remote_code")
+    names = (*TEXT_OPTIONS, "tokenizer", "chat_template", "trust_remote_code")
     values = {name: given.get(name) for name in names} | {"limit": None, "data_weight": ()}
-    values["format"] = given.get("format") or "auto"
-    values["on_empty"] = given.get("on_empty") or "drop"
+    for name, usual in (("format", "auto"), ("labels", "responses"), ("on_empty", "drop")):
+        values[name] = given.get(name) or usual
     spec = data_spec({**values, "data": _listed(given["data"])})
     # As written: an id of digits alone would be a number.
     priors = _listed(written["prior"]) if given.get("prior") not in (None, []) else (None,)

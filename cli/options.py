@@ -8,6 +8,10 @@ import click
 if TYPE_CHECKING:
     from prift.text.dataspec import DataSpec
 
+TEXT_OPTIONS = ("split", "format", "labels", "template", "system", "max_length", "on_empty")
+TEXT_OPTIONS += ("limit",)
+"""Those of TextOptions that are on the command line."""
+
 _OPTIONS = [
     click.option(
         "--data-weight",
@@ -23,6 +27,14 @@ _OPTIONS = [
         default="auto",
         show_default=True,
         help="Format of the rows (docs/formats.md); auto takes the one whose columns fit.",
+    ),
+    click.option(
+        "--labels",
+        type=click.Choice(["responses", "all"]),
+        default="responses",
+        show_default=True,
+        help="Which tokens are trained and scored: the responses' (the assistant's), or all, the "
+        "prompts' too.",
     ),
     click.option(
         "--template",
@@ -106,10 +118,7 @@ def data_spec(options: dict[str, Any]) -> "DataSpec":
     from prift.text.dataspec import DataSpec
     from prift.text.examples import TextOptions
 
-    text = {
-        name: options.pop(name)
-        for name in ("split", "format", "template", "system", "max_length", "on_empty", "limit")
-    }
+    text = {name: options.pop(name) for name in TEXT_OPTIONS}
     return DataSpec(
         data=options.pop("data"),
         weights=options.pop("data_weight"),

@@ -7,12 +7,15 @@ from typing import Any
 
 import click
 
+from prift.errors import OptionError
+
 from .command import Command, common, key_values, quiet, say
 from .options import data_spec, json_option
 from .tables import bar, bars, many, table
 from .weighting import prior_weigher, prior_weights, refuse_code_of_file
 
 _SHARES = ("label tokens", "share of tokens", "kept", "mean weight", "share of weight")
+_BOUNDS = {"mix": "mix", "min-weight": "least", "max-weight": "most"}
 _MOST_ROWS = 20  # there are fewer bins of lengths
 
 
@@ -22,7 +25,15 @@ _MOST_ROWS = 20  # there are fewer bins of lengths
     "--compare",
     multiple=True,
     metavar="R[,K=V]",
-    help="Another rule to look at, its options behind commas, as prob,power=2. Repeatable.",
+    help="Another rule to look at, its options behind commas, as prob,power=2, with mix, "
+    "min-weight and max-weight of its own. Repeatable.",
+)
+@click.option(
+    "--thresholds",
+    multiple=True,
+    metavar="K=V,V...",
+    help="Values of an option to compare, as low=0.05,0.1,0.2: what each keeps. Repeatable.  "
+    "[default: of every option that decides which tokens are kept]",
 )
 @click.option(
     "--tokens",
@@ -35,7 +46,13 @@ _MOST_ROWS = 20  # there are fewer bins of lengths
 @json_option
 @common
 @click.pass_context
-def weigh(ctx: click.Context, json_output: bool, compare: tuple[str, ...], **options: Any) -> None:
+def weigh(
+    ctx: click.Context,
+    json_output: bool,
+    compare: tuple[str, ...],
+    thresholds: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Show what a rule would do to the data, before anything is trained.
 
     How many tokens it keeps, how much they weigh, which they are, and what learning rate makes
@@ -55,7 +72,9 @@ def weigh(ctx: click.Context, json_output: bool, compare: tuple[str, ...], **opt
     quiet()
     spec = data_spec(options)
     del options["config"], options["debug"]
-    found = preview(PreviewOptions(spec=spec, weighers=tuple(weighers), **options), say)
+    values = {k: v.split(",") for k, v in key_values(thresholds, "--thresholds").items()}
+    given = PreviewOptions(spec=spec, weighers=tuple(weighers), thresholds=values, **options)
+    found = preview(given, say)
     if json_output:
         click.echo(json.dumps(found))
         return
@@ -69,7 +88,19 @@ def _compared(ctx: click.Context, text: str, allow_negative: bool, allow_import:
     rule, *pairs = text.split(",")
     refuse_code_of_file(ctx, "compare", rule, allow_import)
     arguments = key_values(tuple(pairs), "--compare")
-    return weigher(rule, "prior", arguments, allow_negative=allow_negative)
+    bounds = {
+        _BOUNDS[name]: _as_number(name, arguments.pop(name))
+        for name in list(arguments)
+        if name in _BOUNDS
+    }
+    return weigher(rule, "prior", arguments, **bounds, allow_negative=allow_negative)
+
+
+def _as_number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionError(f"--compare {name}={text}: wanted a number.") from None
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -96,7 +127,10 @@ def _show(found: dict[str, Any]) -> None:
             click.echo(line)
         lengths = [(_span(group), *_shares(group)) for group in one["lengths"]]
         files = [(_plain(group["file"]), *_shares(group)) for group in one["files"]]
-        for name, groups in (("tokens of a sequence", lengths), ("file", files)):
+        roles = [(group["role"], *_shares(group)) for group in one["roles"]]
+        for name, groups in (
+            ("tokens of a sequence", lengths), ("file", files), ("role", roles)
+        ):  # fmt: skip
             click.echo()
             table((name, *_SHARES), groups[:_MOST_ROWS], _SHARES)
             if len(groups) > _MOST_ROWS:
@@ -107,10 +141,19 @@ def _show(found: dict[str, Any]) -> None:
                 click.echo(f"\nweigh {name} (equal weights: a random choice)")
             for token in one[name]:
                 click.echo(_token(token))
-    click.echo("\nmass keeps, by threshold")
     for one in found["thresholds"]:
-        share = one["kept_share"]
-        click.echo(f"  {one['threshold']:.1f}  {bar(share)} {share:6.1%}")
+        for line in _sweep_lines(one):
+            click.echo(line)
+
+
+def _sweep_lines(one: dict[str, Any]) -> Iterator[str]:
+    values = [f"{row['value']:g}" if _is_number(row["value"]) else row["value"]
+              for row in one["values"]]  # fmt: skip
+    of = "" if one["of"] == one["rule"] else f" of {one['of']}"
+    yield f"\n{' '.join([one['rule'], *_pairs(one)])} keeps, by {one['option']}{of}"
+    for text, row in zip(values, one["values"], strict=True):
+        share, mean = row["kept_share"], row["mean_weight"]
+        yield f"  {text.rjust(max(map(len, values)))}  {bar(share)} {share:6.1%}  mean {mean:.4f}"
 
 
 def _rule_lines(title: str, one: dict[str, Any], sft_loss: float | None) -> Iterator[str]:
@@ -134,11 +177,19 @@ def _rule_lines(title: str, one: dict[str, Any], sft_loss: float | None) -> Iter
 
 def _title(one: dict[str, Any]) -> str:
     """Rule and options, as they are asked for."""
-    pairs = [f"{k}={v}" for arguments in one["arguments"] for k, v in arguments.items()]
+    pairs = _pairs(one)
     pairs += [f"mix={one['mix']:g}"] if one["mix"] else []
     bounds = [(name, one[name]) for name in ("min_weight", "max_weight")]
     pairs += [f"{name.replace('_', '-')}={value:g}" for name, value in bounds if value is not None]
     return " ".join([one["rule"], *pairs])
+
+
+def _pairs(one: dict[str, Any]) -> list[str]:
+    return [f"{k}={v}" for arguments in one["arguments"] for k, v in arguments.items()]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _span(group: dict[str, Any]) -> str:

@@ -27,10 +27,10 @@ class PriorDataset(torch.utils.data.Dataset):
     cut        whether sequences are cut by those weights
     normalize  what the loss is divided by: one of normalizers.DENOMINATORS
 
-    An item has input_ids (int32 [T]), places and targets (int64 and int32 [N], its label tokens),
-    prior and weights (each [N]), scale (of its loss), index, and, counted before anything was cut,
-    num_labels and denominator. Label tokens stand at places, which may end with T itself: what it
-    predicts needs no token itself to be run.
+    An item has input_ids (int32 [T]), places, targets and roles (int64, int32 and uint8 [N], of its
+    label tokens), prior and weights (each [N]), scale (of its loss), index, and, counted before
+    anything was cut, num_labels and denominator. Label tokens stand at places, which may end with T
+    itself: what it predicts needs no token itself to be run.
 
     lengths   int64: T of each item; 0 where no token has a weight
     """
@@ -81,6 +81,7 @@ class PriorDataset(torch.utils.data.Dataset):
             "input_ids": example.input_ids[:size],
             "places": places,
             "targets": example.input_ids[places],
+            "roles": example.roles[places],
             "prior": {name: self.prior[name][own] for name in self._names},
             "scale": 1 / count if self._each else 1.0,
             "num_labels": int(count),
@@ -127,6 +128,7 @@ def collate(items: Sequence[Mapping[str, Any]], packed: bool = False) -> dict[st
         "place": begins[sequence] + np.concatenate([item["places"] for item in run]) - 1,
         "target": np.concatenate([item["targets"] for item in run]).astype(np.int64),
         "sequence": sequence,
+        "role": np.concatenate([item["roles"] for item in run]),
     }
     prior = {n: np.concatenate([item["prior"][n] for item in run]) for n in run[0]["prior"]}
     scale = np.array([item["scale"] for item in run], np.float32)[sequence]

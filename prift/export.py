@@ -77,7 +77,8 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     names = _needed(options)
     scored = read_scored(options, names, say)
     identity, examples, prior = scored.identity, scored.examples, scored.prior
-    weights = weigh(options.weigher, examples.label_counts, prior)
+    roles = examples.label_roles() if options.weigher.by_role else None
+    weights = weigh(options.weigher, examples.label_counts, prior, roles=roles)
     check_weights(options.weigher, weights, examples)
     values = {"weights": weights, **{name: prior[name] for name in options.statistics}}
     try:

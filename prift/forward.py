@@ -27,11 +27,13 @@ class LabelTokens:
     place     int64 [N]: where each is predicted, row * T + column
     target    int64 [N]: the tokens
     sequence  int64 [N]: which of the batch's sequences each belongs to
+    role      uint8 [N]: whose words each is, for rules that ask for it
     """
 
     place: Tensor
     target: Tensor
     sequence: Tensor
+    role: Tensor | None = None
 
 
 class Weighted:
@@ -133,6 +135,7 @@ def _loss(
         weights_N=weighted.weights,
         scale_N=weighted.scale,
         sequence_N=tokens.sequence,
+        role_N=tokens.role,
         anchor=weighted.anchor,
         every_nll=weighted.every_nll,
         kernel=kernel,

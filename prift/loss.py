@@ -76,6 +76,7 @@ def weighted_loss(
     weights_N: Tensor | None = None,
     scale_N: Tensor | None = None,
     sequence_N: Tensor | None = None,
+    role_N: Tensor | None = None,
     anchor: float | Tensor | None = None,
     every_nll: bool = False,
     kernel: Kernel | None = None,
@@ -89,6 +90,7 @@ def weighted_loss(
     weights_N  float32 [N], where they are known beforehand: the weigher is not asked
     scale_N    float32 [N], not 0: a factor of each token's loss; None: 1
     sequence_N int64 [N]: which sequence each token belongs to, for rules that ask for it
+    role_N     uint8 [N]: whose words each is (prift.roles), likewise
     anchor     a factor of each token's k3 (prift.anchor); with one every row is run
     every_nll  also compute `nll` of rows whose weight is zero, without gradient
     kernel     what makes the nll and its gradient, where it takes these tensors
@@ -102,11 +104,13 @@ def weighted_loss(
     prior = prior or TokenStats()
     with torch.autocast(device, enabled=False):
         if weigher.source == "online" and weights_N is None:
-            weights = Online(weigher, prior, sequence_N)
+            weights = Online(weigher, prior, sequence_N, role_N)
             if weigher.scope != "token":
                 weights = weights.all(_statistics(hidden_NH.detach(), head, targets_N))
         else:
-            weights = weigher(prior, sequence_N) if weights_N is None else weights_N
+            weights = weights_N
+            if weights is None:
+                weights = weigher(prior, sequence_N, role_N=role_N)
             weights = weights.to(hidden_NH.device).expand(len(targets_N))
             if anchor is None:
                 return _without_zeros(

@@ -11,6 +11,7 @@ import torch
 import prift.comparing  # noqa: F401  registers its rules
 import prift.rules  # noqa: F401
 from prift.errors import OptionError
+from prift.roles import ASSISTANT, PROMPT, RESPONSE, USER
 from prift.stats import TokenStats
 from prift.weigher import RULES, SOURCES, Factor, Rule, Weigher
 
@@ -64,11 +65,11 @@ def weigher(
             f"rule {name} may give negative weights, which push tokens away. Where that is meant, "
             "add --allow-negative; or bound them with --min-weight 0."
         )
-    _try(bound)
+    check(bound)
     return bound
 
 
-def _try(bound: Weigher) -> None:
+def check(bound: Weigher) -> None:
     """Values out of range, and rules that do not work, fail now. Raises OptionError."""
     tokens = {
         "logprob": torch.tensor([-0.1, -1.0, -2.0, -5.0]),
@@ -84,7 +85,8 @@ def _try(bound: Weigher) -> None:
         TokenStats(**{n: tokens[n] for n in names}) for names in (bound.needs, bound.base)
     )
     try:
-        weights = bound(stats, torch.tensor([0, 0, 1, 1]), base)
+        roles = torch.tensor([PROMPT, RESPONSE, USER, ASSISTANT], dtype=torch.uint8)
+        weights = bound(stats, torch.tensor([0, 0, 1, 1]), base, roles)
         weights.expand(4)
     except OptionError:
         raise
@@ -135,10 +137,7 @@ def _factors(rules: list[Rule], arguments: Mapping[str, str]) -> tuple[Factor, .
             both = " and ".join(rules[i].name for i in owners)
             raise OptionError(f"{both} both have {key!r}: say {rules[owners[0]].name}.{key}=...")
         found = rules[owners[0]]
-        parameter = found.options()[option]
-        plain = parameter.annotation is parameter.empty
-        kind = type(parameter.default) if plain else parameter.annotation
-        values[owners[0]][option] = _parse(found.name, option, text, kind)
+        values[owners[0]][option] = parse(found, option, text)
     return tuple(Factor(found, own) for found, own in zip(rules, values, strict=True))
 
 
@@ -150,7 +149,11 @@ def _unknown(rules: list[Rule], key: str) -> str:
     return "\n".join(lines)
 
 
-def _parse(rule_name: str, key: str, text: str, kind: Any) -> Any:
+def parse(rule: Rule, key: str, text: str) -> Any:
+    """The value that text gives an option. Raises OptionError for one of the wrong kind."""
+    parameter = rule.options()[key]
+    plain = parameter.annotation is parameter.empty
+    kind = type(parameter.default) if plain else parameter.annotation
     if get_origin(kind) is Literal:
         if text in get_args(kind):
             return text
@@ -164,4 +167,4 @@ def _parse(rule_name: str, key: str, text: str, kind: Any) -> Any:
             return kind(text)
         except (ValueError, TypeError, OverflowError):
             wanted = f"a {kind.__name__}"
-    raise OptionError(f"rule {rule_name}: {key}={text} is not {wanted}.")
+    raise OptionError(f"rule {rule.name}: {key}={text} is not {wanted}.")

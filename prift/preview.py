@@ -1,21 +1,20 @@
 """What rules would do to a data set, told from the cache before anything is trained."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from prift.errors import OptionError
 from prift.methods import weigher as weigher_of
+from prift.roles import ROLES
 from prift.scored import Scored, read_scored, refuse_unknown_weights
 from prift.store.histograms import LENGTHS, bins, counted
+from prift.sweep import Sweep, sweeps
 from prift.text.dataspec import DataSpec
 from prift.weigher import Weigher
 from prift.weighing import check_weights, places, weigh
-
-THRESHOLDS = tuple(i / 10 for i in range(1, 10))
-"""Of the rule mass, compared."""
 
 _EDGES = (-np.inf, *(i / 10 for i in range(11)), 2.0, 4.0, 8.0, 16.0, np.inf)
 _BEFORE, _AFTER = 12, 4  # tokens of context
@@ -25,8 +24,9 @@ _BEFORE, _AFTER = 12, 4  # tokens of context
 class PreviewOptions:
     """What is weighed, and by which rules. See `prift weigh --help`.
 
-    weighers  rules whose source is the prior
-    tokens    how many of the most and of the least weighted tokens are shown
+    weighers    rules whose source is the prior
+    tokens      how many of the most and of the least weighted tokens are shown
+    thresholds  values of options to compare, as text: see sweep.sweeps
     """
 
     model: str
@@ -35,6 +35,7 @@ class PreviewOptions:
     weighers: tuple[Weigher, ...]
     prior: str | None = None
     tokens: int = 8
+    thresholds: Mapping[str, Sequence[str]] = field(default_factory=dict)
     trust_remote_code: bool = False
 
 
@@ -49,34 +50,52 @@ def preview(options: PreviewOptions, say: Callable[[str], None] = print) -> dict
         raise OptionError(f"--tokens {options.tokens} should be a number of tokens, 0 or more")
     for one in options.weighers:
         refuse_unknown_weights(one, "weigh", "known before training")
-    masses = _masses(options.weighers)
-    names = {"logprob"}.union(*(one.needs for one in (*options.weighers, *masses)))
+    compared = sweeps(_with_mass(options.weighers), options.thresholds)
+    tried = (one for sweep in compared for one in sweep.weighers)
+    names = {"logprob"}.union(*(one.needs for one in (*options.weighers, *tried)))
     scored = read_scored(options, names, say)
     examples, prior = scored.examples, scored.prior
+    roles = examples.label_roles()
     return {
         "prior": scored.identity.id,
         "examples": len(examples),
         "tokens": examples.num_tokens,
         "label_tokens": examples.num_labels,
         "sft_loss": _loss(np.ones(examples.num_labels, np.float32), prior["logprob"]),
-        "rules": [_described(one, scored, options.tokens) for one in options.weighers],
-        "thresholds": [
-            {"threshold": t, "kept_share": _share(weigh(one, examples.label_counts, prior))}
-            for t, one in zip(THRESHOLDS, masses, strict=True)
-        ],
+        "rules": [_described(one, scored, roles, options.tokens) for one in options.weighers],
+        "thresholds": [_swept(one, scored, roles) for one in compared],
     }
 
 
-def _masses(weighers: tuple[Weigher, ...]) -> list[Weigher]:
-    """The rule mass at each threshold, with the ties of the first of these that is mass."""
-    given = [f.arguments for one in weighers for f in one.factors if f.rule.name == "mass"]
-    ties = given[0].get("ties", "paper") if given else "paper"
-    return [weigher_of("mass", "prior", {"threshold": str(t), "ties": ties}) for t in THRESHOLDS]
+def _with_mass(weighers: tuple[Weigher, ...]) -> tuple[Weigher, ...]:
+    """And the rule mass, where none of these has it: its thresholds are always shown."""
+    named = {factor.rule.name for one in weighers for factor in one.factors}
+    return weighers if "mass" in named else (*weighers, weigher_of("mass", "prior", {}))
 
 
-def _described(weigher: Weigher, scored: Scored, count: int) -> dict[str, Any]:
+def _swept(sweep: Sweep, scored: Scored, roles: np.ndarray) -> dict[str, Any]:
+    """What is kept at each value of an option."""
+    found = []
+    for value, one in zip(sweep.values, sweep.weighers, strict=True):
+        weights = weigh(one, scored.examples.label_counts, scored.prior, roles=roles)
+        check_weights(one, weights, scored.examples)
+        mean = float(weights.mean(dtype=np.float64))
+        found.append({"value": value, "kept_share": _share(weights), "mean_weight": mean})
+    one = sweep.weighers[0]
+    others = _arguments(one)
+    del others[sweep.number][sweep.option]
+    return {
+        "rule": one.name,
+        "arguments": others,
+        "option": sweep.option,
+        "of": sweep.rule,
+        "values": found,
+    }
+
+
+def _described(weigher: Weigher, scored: Scored, roles: np.ndarray, count: int) -> dict[str, Any]:
     examples, prior = scored.examples, scored.prior
-    weights = weigh(weigher, examples.label_counts, prior)
+    weights = weigh(weigher, examples.label_counts, prior, roles=roles)
     check_weights(weigher, weights, examples)
     mean = float(weights.mean(dtype=np.float64))
     files, file_of = examples.files()
@@ -86,7 +105,7 @@ def _described(weigher: Weigher, scored: Scored, count: int) -> dict[str, Any]:
     lengths = bins(np.bincount(length_of, minlength=len(LENGTHS) - 1), LENGTHS)
     return {
         "rule": weigher.name,
-        "arguments": [factor.arguments for factor in weigher.factors],
+        "arguments": _arguments(weigher),
         "mix": weigher.mix,
         "min_weight": weigher.least,
         "max_weight": weigher.most,
@@ -106,9 +125,18 @@ def _described(weigher: Weigher, scored: Scored, count: int) -> dict[str, Any]:
             for name, one in zip(files, by_file, strict=True)
             if one["examples"]
         ],
+        "roles": _by_role(weights, examples.label_counts, roles),
         "most": _tokens(scored, weights, _first(-weights, count)),
         "least": _tokens(scored, weights, _first(weights, count)),
     }
+
+
+def _arguments(weigher: Weigher) -> list[dict[str, Any]]:
+    """Options given to each of its rules, as JSON can say them: 'inf' for infinity."""
+    return [
+        {k: str(v) if v in (np.inf, -np.inf) else v for k, v in factor.arguments.items()}
+        for factor in weigher.factors
+    ]
 
 
 def _share(weights: np.ndarray) -> float:
@@ -154,18 +182,40 @@ def _grouped(
         return np.bincount(group_of, each, groups)
 
     labels, kept = np.bincount(group_of, counts, groups), total(weights != 0, np.int64)
-    sums, everything = total(weights, np.float64), weights.sum(dtype=np.float64)
-    return [
-        {
-            "examples": int(number),
-            "label_tokens": int(labels[i]),
-            "kept_share": float(kept[i] / labels[i]) if number else None,
-            "mean_weight": float(sums[i] / labels[i]) if number else None,
-            "share_of_tokens": float(labels[i] / len(weights)),
-            "share_of_weight": float(sums[i] / everything) if everything else None,
-        }
-        for i, number in enumerate(np.bincount(group_of, minlength=groups))
-    ]
+    sums, whole = total(weights, np.float64), _whole(weights)
+    numbers = np.bincount(group_of, minlength=groups)
+    return [_group(*values, *whole) for values in zip(numbers, labels, kept, sums, strict=True)]
+
+
+def _by_role(weights: np.ndarray, counts: np.ndarray, roles: np.ndarray) -> list[dict[str, Any]]:
+    """The same of each role that has label tokens. roles: uint8, of each label token."""
+    found, begins, whole = [], np.cumsum(counts) - counts, _whole(weights)
+    for code, name in enumerate(ROLES):
+        if (own := roles == code).any():
+            number = int(np.logical_or.reduceat(own, begins).sum())
+            some = weights[own]
+            values = number, len(some), np.count_nonzero(some), some.sum(dtype=np.float64)
+            found.append({"role": name, **_group(*values, *whole)})
+    return found
+
+
+def _whole(weights: np.ndarray) -> tuple[int, float]:
+    """Label tokens and their weight together."""
+    return len(weights), float(weights.sum(dtype=np.float64))
+
+
+def _group(
+    examples: int, labels: int, kept: int, weight: float, tokens: int, everything: float
+) -> dict[str, Any]:
+    """A group of label tokens, of examples so many, among all; its own shares None where empty."""
+    return {
+        "examples": int(examples),
+        "label_tokens": int(labels),
+        "kept_share": float(kept / labels) if labels else None,
+        "mean_weight": float(weight / labels) if labels else None,
+        "share_of_tokens": float(labels / tokens),
+        "share_of_weight": float(weight / everything) if everything else None,
+    }
 
 
 def _first(keys: np.ndarray, count: int) -> np.ndarray:

@@ -43,6 +43,7 @@ def provenance(
         "template": template_digest(tokenizer),
         "data": [last_name(d) for d in spec.data],
         "format": text.format,
+        "labels": text.labels,
         "rendered": text.template,
         "split": text.split,
         "system_prompt": None if text.system is None else "given",

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from prift.errors import OptionError
+from prift.roles import ANSWERS
 from prift.stats import TokenStats
 from prift.weigher import rule
+
+TENTHS = tuple(i / 10 for i in range(1, 10))
+PROBABILITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
+NATS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 
 @rule("uniform", needs=())
@@ -33,7 +38,7 @@ def prob(stats: TokenStats, *, power: float = 1.0) -> Tensor:
     return torch.exp(power * stats.logprob) if power else torch.ones_like(stats.logprob)
 
 
-@rule("mass", needs=("logprob", "log_mass_rank", "n_tie"))
+@rule("mass", needs=("logprob", "log_mass_rank", "n_tie"), cuts={"threshold": TENTHS})
 def mass(
     stats: TokenStats,
     *,
@@ -55,7 +60,7 @@ def mass(
     return (score_N >= threshold).float()
 
 
-@rule("threshold", needs=("logprob",))
+@rule("threshold", needs=("logprob",), cuts={"low": PROBABILITIES, "high": PROBABILITIES})
 def threshold(stats: TokenStats, *, low: float = 0.1, high: float = 1.0) -> Tensor:
     """w = 1 where low <= q(y) <= high, else 0: ProFit (arXiv 2601.09195).
 
@@ -64,7 +69,7 @@ def threshold(stats: TokenStats, *, low: float = 0.1, high: float = 1.0) -> Tens
     return _between(stats.logprob, low, high)
 
 
-@rule("prob-threshold", needs=("logprob",))
+@rule("prob-threshold", needs=("logprob",), cuts={"low": PROBABILITIES, "high": PROBABILITIES})
 def prob_threshold(stats: TokenStats, *, low: float = 0.0, high: float = 1.0) -> Tensor:
     """w = q(y) where low <= q(y) <= high, else 0, in [0, 1].
 
@@ -74,6 +79,20 @@ def prob_threshold(stats: TokenStats, *, low: float = 0.0, high: float = 1.0) ->
     return torch.exp(stats.logprob) * _between(stats.logprob, low, high)
 
 
+@rule("wit", needs=())
+def wit(stats: TokenStats, role_N: Tensor, *, prompt: float = 0.0, response: float = 1.0) -> Tensor:
+    """w = response where y is a response's token (or an assistant's), else prompt: WIT
+    (arXiv 2507.07817), its lambda_r and lambda_p.
+
+    Prompts have a weight where they are label tokens (--labels all). The loss in the authors' code
+    (kowndinya-renduchintala/WIT) is a sum over tokens, not a mean.
+    """
+    for name, value in (("prompt", prompt), ("response", response)):
+        _check(name, value, 0, math.inf, "a finite weight of 0 or more")
+    answers = torch.isin(role_N, torch.tensor(ANSWERS, device=role_N.device))
+    return torch.where(answers, response, prompt)
+
+
 @rule("focal", needs=("logprob",))
 def focal(stats: TokenStats, *, gamma: float = 2.0) -> Tensor:
     """w = (1 - q(y))^gamma, in [0, 1]: focal loss (arXiv 1708.02002), its weight held constant."""
@@ -81,14 +100,14 @@ def focal(stats: TokenStats, *, gamma: float = 2.0) -> Tensor:
     return (-torch.expm1(stats.logprob)).pow(gamma)
 
 
-@rule("rank", needs=("rank",))
+@rule("rank", needs=("rank",), cuts={"most": (1, 2, 3, 5, 10, 20, 50, 100)})
 def rank(stats: TokenStats, *, most: int = 10) -> Tensor:
     """w = 1 where the rank of y is at most `most`, else 0; rank 1 is the most likely token."""
     _check("most", most, 1, math.inf, "a rank, 1 or more")
     return (stats.rank <= most).float()
 
 
-@rule("entropy", needs=("entropy",))
+@rule("entropy", needs=("entropy",), cuts={"low": NATS, "high": NATS})
 def entropy(stats: TokenStats, *, low: float = 0.0, high: float = math.inf) -> Tensor:
     """w = 1 where low <= H <= high, else 0; H is the entropy of the distribution in nats."""
     _check("low", low, 0, math.inf, "an entropy in nats, 0 or more")
@@ -98,13 +117,14 @@ def entropy(stats: TokenStats, *, low: float = 0.0, high: float = math.inf) -> T
 
 
 @rule("eaft", needs=("entropy_top20",))
-def eaft(stats: TokenStats, *, alpha: float = 1.0) -> Tensor:
-    """w = (H20 / 3)^alpha, in [0, 1): EAFT (arXiv 2601.02151).
+def eaft(stats: TokenStats, *, alpha: float = 1.0, divisor: float = 3.0) -> Tensor:
+    """w = (H20 / divisor)^alpha, in [0, 1) with a divisor of 3: EAFT (arXiv 2601.02151).
 
     H20 is the entropy in nats of the 20 most likely tokens, renormalised; 3 is about log 20.
     """
     _check("alpha", alpha, 0, math.inf, "a finite power of 0 or more")
-    return (stats.entropy_top20 / 3).pow(alpha)
+    _check("divisor", divisor, math.ulp(0.0), math.inf, "a finite number of nats above 0")
+    return (stats.entropy_top20 / divisor).pow(alpha)
 
 
 @rule("eaft-full", needs=("entropy",))

@@ -26,6 +26,7 @@ class Online:
     weigher: Weigher
     prior: TokenStats
     sequence_N: Tensor | None
+    role_N: Tensor | None
 
     def rows(self, rows: slice, nll_C: Tensor, asked: Asked) -> Tensor:
         """Weights [C] of these rows. Of the statistics the logprob alone is known already."""
@@ -33,9 +34,11 @@ class Online:
             stats = TokenStats(logprob=(-nll_C).clamp_max(0))
         else:
             stats = asked(self.weigher.needs)
-        sequence_C = None if self.sequence_N is None else self.sequence_N[rows]
+        sequence_C, role_C = (
+            None if values is None else values[rows] for values in (self.sequence_N, self.role_N)
+        )
         base = self.prior.map(lambda values: values[rows].to(nll_C.device))
-        return self.weigher(stats, sequence_C, base).expand(len(nll_C))
+        return self.weigher(stats, sequence_C, base, role_C).expand(len(nll_C))
 
     @torch.no_grad()
     def all(self, asked: Asked) -> Tensor:
@@ -43,7 +46,7 @@ class Online:
         stats = asked(self.weigher.needs)
         like = getattr(stats, stats.names()[0])
         base = self.prior.map(lambda values: values.to(like.device))
-        return self.weigher(stats, self.sequence_N, base).expand(len(like))
+        return self.weigher(stats, self.sequence_N, base, self.role_N).expand(len(like))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The data of a training run: examples, and what the prior thought of them, read from the cache."""
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -190,7 +191,9 @@ def _decoded(
     known = weigher.source == "prior"
     priors = [identity, *([base] if base is not None else [])]
     parts = [part.name for prior in priors for part in place.parts(prior.id)]
+    roles = examples.label_roles() if known and weigher.by_role else np.zeros(0, np.uint8)
     what = [*names, *([weigher.code, *(prior.id for prior in priors)] if known else [])]
+    what += [hashlib.sha256(roles).hexdigest()] if len(roles) else []
     key = digest(asked, what, identity.id, parts)
 
     def tell(line: str) -> None:  # any process may be the one that reads; `say` is rank 0's
@@ -206,7 +209,7 @@ def _decoded(
             adds = command_for(second, spec, base, folder, config, weigher.base)
             held = PriorCache(place, base)
             other = read_prior(held, examples, asked, weigher.base, adds, tell)
-        weights = weigh(weigher, examples.label_counts, found, other)
+        weights = weigh(weigher, examples.label_counts, found, other, roles)
         check_weights(weigher, weights, examples)
         return {"logprob": found["logprob"], "weights": weights}
 

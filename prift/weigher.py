@@ -6,8 +6,8 @@ makes DFT and PriFT-prob the same rule.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from prift.stats import TokenStats
 
 SOURCES = ("prior", "online")
 SCOPES = ("token", "sequence", "batch")
+GIVEN = ("stats", "base", "sequence_N", "role_N")
+"""What a rule may look at, by the names of its parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +29,17 @@ class Rule:
 
     name      as given to --rule
     needs     statistics it reads of the source
-    function  (stats, [base], [sequence_N], *, options) -> weights float32 [N], or a scalar where
-              every token weighs the same
+    function  (stats, [base], [sequence_N], [role_N], *, options) -> weights float32 [N], or a
+              scalar where every token weighs the same
     scope     what one weight depends on: 'token', that token's statistics; 'sequence', those of
               its sequence's label tokens; 'batch', those of all tokens it is given
     signed    whether its weights may be negative
     base      statistics it reads of a second distribution: the prior's where the source is the
               model in training, the second prior's where it is the first
+    cuts      options that decide which tokens have a weight at all, with values to compare
 
-    stats, base  TokenStats of N tokens; sequence_N  int64: which sequence each belongs to
+    stats, base  TokenStats of N tokens; sequence_N  int64: which sequence each belongs to;
+    role_N  uint8: whose words each is, codes of prift.roles
     """
 
     name: str
@@ -44,9 +48,10 @@ class Rule:
     scope: str = "token"
     signed: bool = False
     base: tuple[str, ...] = ()
+    cuts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known, given = {f.name for f in fields(TokenStats)}, {"stats", "base", "sequence_N"}
+        known = {f.name for f in fields(TokenStats)}
         odd = [n for n in (*self.needs, *self.base) if n not in known]
         if odd:
             raise OptionError(
@@ -59,12 +64,12 @@ class Rule:
             )
         if self.base and not self.needs:
             raise OptionError(f"rule {self.name} compares with a base and reads nothing else.")
-        odd = [n for n in self.given() if n not in given]
+        odd = [n for n in self.given() if n not in GIVEN]
         odd += [n for n, p in self.options().items() if p.default is p.empty]
         if odd:
             raise OptionError(
-                f"rule {self.name} takes {odd[0]!r}: a rule is given stats, base and sequence_N, "
-                "and all else is an option behind a *, with a default."
+                f"rule {self.name} takes {odd[0]!r}: a rule is given stats, base, sequence_N and "
+                "role_N, and all else is an option behind a *, with a default."
             )
 
     def options(self) -> dict[str, inspect.Parameter]:
@@ -73,7 +78,7 @@ class Rule:
         return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
     def given(self) -> list[str]:
-        """Names of what it is given, in order: 'stats', 'base', 'sequence_N'."""
+        """Names of what it is given, in order: some of GIVEN."""
         parameters = inspect.signature(self.function).parameters
         return [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
 
@@ -123,6 +128,11 @@ class Weigher:
         return tuple(dict.fromkeys(n for f in self.factors for n in f.rule.base))
 
     @property
+    def by_role(self) -> bool:
+        """Whether it asks whose words a token is."""
+        return any("role_N" in factor.rule.given() for factor in self.factors)
+
+    @property
     def scope(self) -> str:
         """The widest of its rules'."""
         return max((factor.rule.scope for factor in self.factors), key=SCOPES.index)
@@ -144,10 +154,12 @@ class Weigher:
         stats: TokenStats,
         sequence_N: Tensor | None = None,
         base: TokenStats | None = None,
+        role_N: Tensor | None = None,
     ) -> Tensor:
         """Detached float32 weights [N], or a scalar where every token weighs the same. See Rule."""
-        given = {"stats": stats, "base": base, "sequence_N": sequence_N}
+        given = {"stats": stats, "base": base, "sequence_N": sequence_N, "role_N": role_N}
         present = [getattr(stats, name) for name in stats.names()]
+        present += [role_N] if self.by_role else []
         device = present[0].device if present else None
         if present and not len(present[0]):
             return torch.zeros(0, device=device)  # a micro-batch without a label token
@@ -180,12 +192,13 @@ def rule(
     scope: str = "token",
     signed: bool = False,
     base: tuple[str, ...] = (),
+    cuts: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Makes a function a rule, as its attribute `rule`. See Rule. prift's own are known by `name`,
     any other by its import path alone."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        function.rule = Rule(name, needs, function, scope, signed, base)
+        function.rule = Rule(name, needs, function, scope, signed, base, cuts or {})
         if function.__module__.startswith("prift."):
             RULES[name] = function.rule
         return function

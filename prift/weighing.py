@@ -22,12 +22,14 @@ def weigh(
     counts: np.ndarray,
     prior: Mapping[str, np.ndarray],
     base: Mapping[str, np.ndarray] | None = None,
+    roles: np.ndarray | None = None,
 ) -> np.ndarray:
     """float32 [N]: the weight of each label token.
 
     counts  int64 [E]: label tokens of each example
     prior   statistics [N] that the weigher needs, flat over all examples in order
     base    those of the second prior, for a rule that compares two
+    roles   uint8 [N], codes of prift.roles, for a rule that asks for them
     """
     weights = np.empty(int(counts.sum()), np.float32)
     ends = np.cumsum(counts)
@@ -37,7 +39,8 @@ def weigh(
         own = slice(ends[first] - counts[first], ends[min(first + step, len(counts)) - 1])
         sequence = torch.arange(len(own_counts)).repeat_interleave(own_counts)
         stats = _stats(prior, weigher.needs, own)
-        found = weigher(stats, sequence, _stats(base or {}, weigher.base, own))
+        role = torch.from_numpy(roles[own]) if weigher.by_role else None
+        found = weigher(stats, sequence, _stats(base or {}, weigher.base, own), role)
         weights[own] = found.expand(own.stop - own.start).numpy()
     return weights
 

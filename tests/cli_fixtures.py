@@ -60,8 +60,9 @@ def precompute(model: str, data: str, cache: Path | str, *more: str) -> Result:
 
 
 def train(model: str, data: str, output: Path | str, *more: str | Path) -> Result:
-    """`prift train --method sft`, unless `more` names a --method or --rule, for two steps."""
-    method = () if {"--method", "--rule"} & {str(m) for m in more} else ("--method", "sft")
+    """`prift train --method sft`, unless `more` names a method, rule or preset, for two steps."""
+    named = {"--method", "--rule", "--preset"} & {str(m) for m in more}
+    method = () if named else ("--method", "sft")
     first, flags = list(more), []
     if "--" in first:
         first, flags = first[: first.index("--")], first[first.index("--") + 1 :]

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from prift.methods import weigher
+from prift.roles import ROLES
 from prift.stats import STATISTICS, TokenStats, token_stats
 from prift.weigher import RULES
 from tests import rule_references
@@ -33,6 +34,11 @@ def pair(seed: int, rows: int = 120):
     return z[twice], base[twice], targets[twice], sequence
 
 
+def roles(count: int) -> torch.Tensor:
+    """uint8 [N]: every role in turn, in an order that has nothing to do with `pair`'s."""
+    return torch.tensor([(n * 5) // 2 % len(ROLES) for n in range(count)], dtype=torch.uint8)
+
+
 def stats_of(z, targets) -> TokenStats:
     return token_stats(torch.tensor(z), torch.tensor(targets), ALL)
 
@@ -43,8 +49,9 @@ def chosen(name: str, source: str = "prior", options=None):
 
 
 def weigh(name, source, options, z, base, targets, sequence) -> np.ndarray:
-    stats = (stats_of(z, targets), torch.tensor(sequence), stats_of(base, targets))
-    return chosen(name, source, options)(*stats).expand(len(targets)).numpy()
+    seen = (stats_of(z, targets), torch.tensor(sequence), stats_of(base, targets))
+    rule = chosen(name, source, options)
+    return rule(*seen, roles(len(targets))).expand(len(targets)).numpy()
 
 
 def naive(name, options, z, base, targets, sequence) -> np.ndarray:
@@ -52,4 +59,5 @@ def naive(name, options, z, base, targets, sequence) -> np.ndarray:
     kinds = {n: type(p.default) for n, p in RULES[name].options().items()}
     values = {n: kinds[n](text) for n, text in options.items()}
     second = base if RULES[name].base else None
-    return rule_references.weights(name, z, targets, sequence, second, **values)
+    said = [ROLES[code] for code in roles(len(targets)).tolist()]
+    return rule_references.weights(name, z, targets, sequence, second, said, **values)

@@ -1,6 +1,7 @@
 """Each weighting rule once, naively: from the papers' formulas, in float64, with loops.
 
     weight_<rule>(q, y, **options) -> float                 rules of token scope
+    weight_<rule>(role, **options) -> float                 those that look at its role alone
     weight_<rule>(p, y, q, **options) -> float              those that compare with a base q
     weights_<rule>(p_NV, y_N, sequence_N, [q_NV], **options) -> N floats      all others
 
@@ -15,8 +16,10 @@ import sys
 import numpy as np
 
 
-def weights(name, logits_NV, targets_N, sequence_N, base_NV=None, **options) -> np.ndarray:
-    """float64 [N]: the rule's weights of N tokens, from logits [N, V]."""
+def weights(
+    name, logits_NV, targets_N, sequence_N, base_NV=None, role_N=None, **options
+) -> np.ndarray:
+    """float64 [N]: the rule's weights of N tokens, from logits [N, V] or names of roles."""
     own = sys.modules[__name__]
     name = name.replace("-", "_")
     pairs = [softmax(logits_NV)] if base_NV is None else [softmax(logits_NV), softmax(base_NV)]
@@ -26,6 +29,8 @@ def weights(name, logits_NV, targets_N, sequence_N, base_NV=None, **options) -> 
         arguments = [pairs[0], targets_N, sequence_N, *pairs[1:]][:takes]
         return np.array(wide(*arguments, **options), float)
     narrow = getattr(own, f"weight_{name}")
+    if "role" in inspect.signature(narrow).parameters:
+        return np.array([narrow(role, **options) for role in role_N], float)
     rows = zip(pairs[0], targets_N, *pairs[1:], strict=True)
     takes = len(inspect.signature(narrow).parameters) - len(_options(narrow))
     return np.array([narrow(*row[:takes], **options) for row in rows], float)
@@ -89,6 +94,10 @@ def weight_prob_threshold(q, y, low=0.0, high=1.0):
     return q[y] if low <= q[y] <= high else 0.0
 
 
+def weight_wit(role, prompt=0.0, response=1.0):
+    return response if role in ("response", "assistant") else prompt
+
+
 def weight_focal(q, y, gamma=2.0):
     return (1 - q[y]) ** gamma
 
@@ -101,9 +110,9 @@ def weight_entropy(q, y, low=0.0, high=math.inf):
     return float(low <= _entropy(q) <= high)
 
 
-def weight_eaft(q, y, alpha=1.0):
+def weight_eaft(q, y, alpha=1.0, divisor=3.0):
     top = sorted(q, reverse=True)[:20]
-    return (_entropy([v / sum(top) for v in top]) / 3.0) ** alpha
+    return (_entropy([v / sum(top) for v in top]) / divisor) ** alpha
 
 
 def weight_eaft_full(q, y, alpha=1.0):

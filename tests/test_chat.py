@@ -123,7 +123,7 @@ def test_system_is_added_where_there_is_none():
     assert with_system(chat, None) is chat
     added = with_system(chat, "Be brief.")
     assert added.messages[0] == {"role": "system", "content": "Be brief."}
-    assert (added.trained, added.tools) == ([False, False, True], [CALL])
+    assert (added.trained, added.tools) == ([None, False, True], [CALL])
     assert with_system(added, "Be long.") is added
 
 

@@ -106,7 +106,7 @@ def test_every_command_shows_an_example_that_parses(path):
 
 def test_both_commands_have_the_same_data_options():
     shared = {"data", "data_weight", "split", "format", "template", "chat_template", "tokenizer"}
-    shared |= {"system", "max_length", "on_empty", "limit", "trust_remote_code"}
+    shared |= {"labels", "system", "max_length", "on_empty", "limit", "trust_remote_code"}
     for path in ("prift precompute", "prift train"):
         assert shared <= {option.name for option in COMMANDS[path].params}
 

@@ -13,6 +13,7 @@ import torch
 
 from prift.dataset import PriorDataset, collate
 from prift.methods import METHODS, weigher
+from prift.roles import RESPONSE
 from tests import cutting
 from tests.cutting import BATCH, KEPT, NOTHING_TO_RUN, STEPS
 from tests.test_request import examples
@@ -52,7 +53,8 @@ def test_batches_leave_out_what_has_no_weight():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [3, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert {name: values.tolist() for name, values in batch["tokens"].items()} == {
-        "place": [0, 1, 2, 3], "target": [6, 7, 8, 4], "sequence": [0, 0, 0, 1]
+        "place": [0, 1, 2, 3], "target": [6, 7, 8, 4], "sequence": [0, 0, 0, 1],
+        "role": [RESPONSE] * 4,
     }  # fmt: skip
     assert batch["prior"]["logprob"].tolist() == [-1, -2, -3, -7]
     assert batch["num_labels"] == 7 and batch["index"] == [0, 2, 1]

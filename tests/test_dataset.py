@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prift.dataset import PriorDataset, collate
+from prift.roles import RESPONSE
 from tests.test_request import examples
 
 ROWS = examples(([5, 6, 7, 8], "0101"), ([1, 2], "01"), ([9, 8, 7], "011"))
@@ -60,6 +61,8 @@ def test_label_tokens_with_their_statistics(packed):
     batch = collate([data[2], data[0], data[1]], packed)
     places = [0, 1, 3, 5, 7] if packed else [0, 1, 4, 6, 8]
     tokens, prior = batch["tokens"], batch["prior"]
+    role = tokens.pop("role")
+    assert role.tolist() == [RESPONSE] * 5 and role.dtype == torch.uint8
     assert {name: values.tolist() for name, values in tokens.items()} == LABELS | {"place": places}
     assert {values.dtype for values in tokens.values()} == {torch.int64}
     assert prior["rank"].tolist() == [4, 5, 1, 2, 3]

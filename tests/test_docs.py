@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prift.methods import METHODS
+from prift.presets import PRESETS
 from prift.stats import CORE, EXTENDED, TokenStats
 from prift.weigher import RULES, Weigher
 from prift_cli import main
@@ -82,6 +83,7 @@ def test_rule_table_is_the_one_in_the_code():
     for name, rule in RULES.items():
         needs = "extended" if set(rule.needs) & set(EXTENDED) else "core"
         needs = needs + (", twice" if rule.base else "") if rule.needs else "nothing"
+        needs = "roles" if "role_N" in rule.given() else needs
         expected.append((name, needs, rule.scope))
     assert sorted(rows) == sorted(expected)
 
@@ -110,6 +112,19 @@ def test_method_table_is_the_one_in_the_code():
     )
     found = {name: (rule, None if source == "none" else source) for name, rule, source in rows}
     assert found == METHODS
+
+
+def test_preset_table_is_the_one_in_the_code():
+    """Each preset with its program and the version at which that was read."""
+    section = PAGES["docs/methods.md"].partition("## Presets\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    for name, one in PRESETS.items():
+        (row,) = [row for row in rows if f"`{name}`" in row]
+        assert one.program.partition(",")[0] in row
+        # "the same": as the row above
+        assert one.version in row or one.version in rows[rows.index(row) - 1]
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[3])}
+    assert named - {"tokens", "kept"} == set(PRESETS)
 
 
 def test_every_statistic_is_defined():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from prift.errors import DataError
+from prift.roles import ASSISTANT, PROMPT, RESPONSE, USER
 from prift.text.encode import Rendering, encode_plain, encode_renderings, encode_tokens, label_spans
 from prift.text.formats import Plain, Tokens
 from prift.text.tokenizers import Codec, load_tokenizer
@@ -124,8 +125,48 @@ def test_label_spans_of_hand_made_characters():
     assert straddled == 2  # [6, 9) covers the beginning 7, and [10, 12) the end 11
 
 
+P, R = PROMPT, RESPONSE
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(
+    ("codec", "prompt", "response", "roles", "labels"),
+    [
+        (BYTES, "Once upon", " a time", [P, P, R, R, R], "00111"),
+        (TRIMMED, "Once", " upon", [P, P, R, R], "0011"),  # BOS in front
+        (BYTES, "", " upon", [R, R], "01"),
+        (BYTES, "Once upon", "", [P, P], "00"),
+        # "▁upon" covers both sides: it begins in the prompt
+        (SPM, "Once ", "upon a", [P, P, P, R, R], "00011"),
+    ],
+)
+def test_whose_words_and_which_are_labels(codec, prompt, response, roles, labels, everything):
+    """Everything: all but the first token of a sequence, whatever covers two sides."""
+    (found,) = encode_plain([Plain(prompt, response)], codec, everything)
+    assert found.roles.tolist() == roles and found.roles.dtype == np.uint8
+    expected = "0" + "1" * (len(roles) - 1) if everything else labels
+    assert "".join("01"[int(one)] for one in found.label_mask) == expected
+    assert found.straddled == (codec is SPM and not everything)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_tokens_made_elsewhere_say_what_is_response_by_their_labels(everything):
+    found = encode_tokens(Tokens([5, 6, 7, 8], [5, -100, 7, -100]), everything)
+    assert found.roles.tolist() == [R, P, R, P]
+    expected = [False, True, True, True] if everything else [False, False, True, False]
+    assert found.label_mask.tolist() == expected
+
+
+def test_roles_of_a_rendering_are_those_of_the_characters_a_token_begins_with():
+    text = Rendering("Once upon a", [(0, 11)], [(0, USER), (7, ASSISTANT)], add_eos=True)
+    found = encode_renderings([text], BYTES)[0]
+    assert BYTES.tokenizer.convert_ids_to_tokens(found.input_ids.tolist())[1] == "Ġupon"
+    assert found.roles.tolist() == [USER, USER, ASSISTANT, ASSISTANT]
+    assert found.label_mask.tolist() == [False, True, True, True]
+
+
 def test_a_missing_eos_is_added_to_a_rendering_as_a_label():
-    text = Rendering("Once upon", [(4, 9)], add_eos=True)
+    text = Rendering("Once upon", [(4, 9)], [(4, ASSISTANT)], add_eos=True)
     assert shown(TRIMMED, encode_renderings([text], TRIMMED)[0]) == (["Once"], ["Ġupon", "</s>"])
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prift.errors import DataError, OptionError
+from prift.roles import ROLES
 from prift.text.examples import TextOptions, load_examples
 from prift.text.tokenizers import load_tokenizer
 from tests.toy_tokenizers import CHATML, byte_level, sentencepiece
@@ -174,11 +175,45 @@ def test_the_random_part_of_a_weight_depends_on_the_seed_alone(tmp_path):
     assert drawn(0, limit=6) == ["a.jsonl:4", "a.jsonl:5", "a.jsonl:6"]
 
 
+def test_roles_of_label_tokens(tmp_path):
+    """Flat over all examples in order, repeats included; and prompts that are trained too."""
+    data = [write(tmp_path, QA[1:], "a.jsonl"), write(tmp_path, [CHAT], "b.jsonl")]
+    for labels in ("responses", "all"):
+        examples = load(data, byte_level(CHATML), weights=[2, 1], labels=labels)
+        expected = [
+            ROLES[role]
+            for one in examples
+            for role, label in zip(one.roles, one.label_mask, strict=True)
+            if label
+        ]
+        assert [ROLES[code] for code in examples.label_roles()] == expected
+        given = {"prompt", "user"} if labels == "all" else set()
+        assert set(expected) == {"response", "assistant"} | given
+        assert len(expected) == examples.num_labels
+        assert labels != "all" or examples.num_labels == examples.num_tokens - len(examples)
+
+
+def test_all_tokens_are_labels_where_prompts_are_trained_too(tmp_path):
+    rows = [*QA, {"question": "b", "answer": ""}]
+    whole, usual = load(write(tmp_path, rows), labels="all"), load(write(tmp_path, QA))
+    ids = [[one.input_ids.tolist() for one in examples] for examples in (whole, usual)]
+    assert ids[0][:3] == ids[1]
+    assert whole.label_counts.tolist() == (whole.lengths - 1).tolist()
+    assert whole.report.straddled == 0
+    untrained = {"messages": [CHAT["messages"][0]]}
+    assert len(load(write(tmp_path, [CHAT, untrained]), byte_level(CHATML), labels="all")) == 2
+    barred = {"messages": [{**CHAT["messages"][0], "loss_weight": 0}]}
+    with pytest.raises(DataError, match="1 of 1 rows have no token to train on"):
+        load(write(tmp_path, [barred]), byte_level(CHATML), labels="all")
+    with pytest.raises(OptionError, match="--labels 'prompts': there are responses and all"):
+        load(write(tmp_path, QA), labels="prompts")
+
+
 def test_memory_is_five_bytes_a_token(tmp_path):
     rows = [{"prompt": f"a {i} ", "response": "Once upon a time, " * 20} for i in range(600)]
     examples = load(write(tmp_path, rows), weights=[3])
     store = examples._store
-    held = sum(sys.getsizeof(part) for part in (store.ids, store.mask, store.offsets))
+    held = sum(sys.getsizeof(part) for part in (store.ids, store.marks, store.offsets))
     stored = examples.num_tokens / 3
     assert 5 * stored <= held < 6 * stored + 16 * len(rows)
 

@@ -54,13 +54,13 @@ def turn(role, content, **more):
         ),
         (
             {"prompt": [turn("user", "a")], "completion": [turn("assistant", "b")]},
-            Chat([turn("user", "a"), turn("assistant", "b")], [False, True]),
+            Chat([turn("user", "a"), turn("assistant", "b")], [None, True]),
         ),
         (
             {"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]},
             Chat(
                 [turn("user", "a"), turn("assistant", "b"), turn("user", "c")],
-                [False, True, False],
+                [None, True, None],
             ),
         ),
         ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, Tokens([5, 6, 7], [-100, 6, 7])),
@@ -81,7 +81,7 @@ def test_one_row_of_each_format_chosen_by_its_columns(row, item):
 def test_the_prompt_of_conversational_prompt_completion_is_not_trained():
     chat = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
     item = read("prompt-completion", {"prompt": chat, "completion": [turn("assistant", "d")]})
-    assert item.trained == [False, False, False, True]
+    assert item.trained == [None, None, None, True]
 
 
 @pytest.mark.parametrize(

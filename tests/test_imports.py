@@ -42,6 +42,8 @@ LAYERS = {
         "memory",
         "signals",
         "order",
+        "presets",
+        "roles",
     },
     # one concern each, on top of those
     1: {
@@ -75,6 +77,7 @@ LAYERS = {
         "store.writer",
         "text.formats",
         "text.encode",
+        "text.whole",
         "text.chat",
         "output",
         "watch",
@@ -88,7 +91,7 @@ LAYERS = {
     | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
-    | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "dataset"}
+    | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "sweep", "dataset"}
     | {"metrics", "trainer"}
     | {
         "store.inventory",
@@ -151,7 +154,7 @@ TEXT = {
     "text.formats",
     "text.encode",
 }
-TEXT |= {"text.chat", "text.loader", "text.examples"}
+TEXT |= {"roles", "text.whole", "text.chat", "text.loader", "text.examples"}
 REACH = {
     # what a module may know, directly or through others
     **{name: TEXT for name in TEXT},
@@ -162,8 +165,8 @@ REACH = {
     "headcheck": PRODUCTS | {"heads"},
     "fold": PRODUCTS | {"heads", "stats"},
     "weigher": {"errors", "stats"},
-    "rules": {"errors", "stats", "weigher"},
-    "comparing": {"errors", "stats", "weigher", "rules"},
+    "rules": {"errors", "roles", "stats", "weigher"},
+    "comparing": {"errors", "roles", "stats", "weigher", "rules"},
     "anchor": set(),
     "terms": {"errors", "stats", "weigher", "anchor"},
     "chunk": PRODUCTS | {"heads", "stats", "fold"},

@@ -35,7 +35,7 @@ def test_sharegpt_with_tool_calls():
             turn("tool", '{"area": 9}'),
             turn("assistant", "9"),
         ],
-        [False, False, True, False, True],
+        [None, None, True, None, True],
         [{"type": "function", "function": {"name": "area", "parameters": {}}}],
     )
 
@@ -78,7 +78,7 @@ def test_messages_in_openai_spelling():
         turn("assistant", "b", reasoning_content="hm"),
         turn("assistant", "c"),
     ]
-    assert item.trained == [False, False, True, False, False, True]
+    assert item.trained == [None, None, True, None, False, True]
     assert item.tools == [{"type": "function", "function": {"name": "area"}}]
 
 
@@ -89,7 +89,7 @@ def test_no_tools(tools):
 
 @pytest.mark.parametrize(
     ("weights", "trained"),
-    [((0, 1), [False, True]), ((0.0, 0.0), [False, False]), ((None, None), [False, True])],
+    [((0, 1), [False, True]), ((0.0, 0.0), [False, False]), ((None, None), [None, True])],
 )
 def test_loss_weight_says_which_turns_are_trained(weights, trained):
     roles = ("user", "assistant")

@@ -177,8 +177,8 @@ def test_a_rule_whose_annotations_are_text(own, tmp_path):
         ("@rule('f', needs=(), scope='row')\ndef f(stats): ...", "f",
          "rule f has the scope 'row'. There are: token, sequence, batch."),
         ("@rule('f', needs=())\ndef f(stats, power=1): ...", "f",
-         "rule f takes 'power': a rule is given stats, base and sequence_N, and all else is an "
-         "option behind a *, with a default."),
+         "rule f takes 'power': a rule is given stats, base, sequence_N and role_N, and all "
+         "else is an option behind a *, with a default."),
         ("@rule('f', needs=())\ndef f(stats, *, power): ...", "f", "rule f takes 'power'"),
     ],
 )  # fmt: skip

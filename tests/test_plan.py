@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from prift.cache import PriorCache, sequence_key
 from prift.plan import Planner
 from prift.request import request
+from prift.roles import PROMPT, RESPONSE
 from prift.store import spans
 from prift.store.writer import CacheWriter
 from prift.text.encode import Encoded
@@ -23,7 +24,8 @@ def window(*rows) -> Window:
     store = Store()
     for line, (ids, mask) in enumerate(rows, 1):
         labels = np.array([c == "1" for c in mask])
-        store.add(Encoded(np.array(ids, np.int32), labels), Row("d.jsonl", line, {}))
+        roles = np.where(labels, RESPONSE, PROMPT).astype(np.uint8)
+        store.add(Encoded(np.array(ids, np.int32), labels, roles), Row("d.jsonl", line, {}))
     return Window(Examples(store, np.arange(len(rows)), Report()), False)
 
 

@@ -16,6 +16,7 @@ from prift.text.dataspec import DataSpec
 from prift.text.examples import TextOptions
 from tests import cli_fixtures as cli
 from tests.lab import Lab
+from tests.toy_tokenizers import byte_level
 
 
 def run(lab, *weighers, spec=None, **options):
@@ -133,13 +134,85 @@ def test_context_is_the_text_around_the_token(lab):
 
 def test_thresholds_are_compared(lab):
     tokens = naive(lab)
-    shown = run(lab, weigher("prob", "prior", {}))["thresholds"]
-    assert [one["threshold"] for one in shown] == [i / 10 for i in range(1, 10)]
+    (chart,) = run(lab, weigher("prob", "prior", {}))["thresholds"]
+    assert (chart["rule"], chart["option"], chart["of"]) == ("mass", "threshold", "mass")
+    shown = chart["values"]
+    assert [one["value"] for one in shown] == [i / 10 for i in range(1, 10)]
     for one in shown:
         u = np.array([t["u"] for t in tokens])
-        assert (abs(u - one["threshold"]) > 1e-6).all()
-        assert one["kept_share"] == (u >= one["threshold"]).mean()
+        assert (abs(u - one["value"]) > 1e-6).all()
+        assert one["kept_share"] == one["mean_weight"] == (u >= one["value"]).mean()
     assert shown[0]["kept_share"] > shown[-1]["kept_share"]
+
+
+def test_each_option_that_decides_what_is_kept_is_compared(lab):
+    """Whatever rule has it, alone and in a product; the value given is among those compared, and
+    mixes and bounds, which keep every token, are left out."""
+    tokens = naive(lab)
+    q = np.array([t["prob"] for t in tokens])
+    product = weigher("threshold*prob", "prior", {"low": "0.03", "high": "0.8"}, mix=0.5)
+    asked = (product, weigher("mass", "prior", {}), weigher("mass", "prior", {"threshold": "0.3"}))
+    shown = run(lab, *asked)["thresholds"]
+    named = [(chart["rule"], chart["of"], chart["option"]) for chart in shown]
+    assert named == [
+        ("threshold*prob", "threshold", "low"),
+        ("threshold*prob", "threshold", "high"),
+        ("mass", "mass", "threshold"),  # once, for both
+    ]
+    low, high = shown[:2]
+    assert low["arguments"] == [{"high": 0.8}, {}] and high["arguments"] == [{"low": 0.03}, {}]
+    assert {row["value"] for row in low["values"]} == {
+        0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7
+    }  # fmt: skip
+    for row in low["values"]:
+        kept = (q >= row["value"]) & (q <= 0.8)
+        assert row["kept_share"] == pytest.approx(kept.mean())
+        assert row["mean_weight"] == pytest.approx((q * kept).mean(), rel=1e-6)
+    for row in high["values"]:  # none below 0.03
+        kept = (q <= row["value"]) & (q >= 0.03)
+        assert row["value"] > 0.03 and row["kept_share"] == pytest.approx(kept.mean())
+
+
+def test_values_asked_for_are_compared(lab):
+    rule, asked = weigher("prob*focal", "prior", {"gamma": "1"}), {"power": ["2", "0.5"]}
+    power, mass = run(lab, rule, thresholds=asked)["thresholds"]
+    q = np.array([t["prob"] for t in naive(lab)])
+    assert (power["of"], power["option"], mass["rule"]) == ("prob", "power", "mass")
+    for row, value in zip(power["values"], (2.0, 0.5), strict=True):
+        assert row["value"] == value
+        assert row["mean_weight"] == pytest.approx((q**value * (1 - q)).mean(), rel=1e-5)
+    ties = {"ties": ["paper", "official-code"]}
+    (_, chart) = run(lab, weigher("mass", "prior", {}), thresholds=ties)["thresholds"]
+    assert [row["value"] for row in chart["values"]] == ["paper", "official-code"]
+    for values, message in [
+        ({"nope": ["1"]}, "--thresholds nope: prob.focal, mass has no such option"),
+        ({"gamma": ["-1"]}, "gamma=-1.0: wanted a finite power"),
+        ({"power": ["two"]}, "rule prob: power=two is not a float"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            run(lab, rule, thresholds=values)
+
+
+@pytest.mark.parametrize("rule", ["prob", "wit*prob"])
+def test_shares_of_each_role(tmp_path, rule):
+    lab = Lab(tmp_path, rows=10)
+    lab.precompute(text={"labels": "all"})
+    spec = lab.spec(labels="all")
+    tokens = naive(lab, spec)
+    rows = [json.loads(line) for line in Path(lab.data).read_text().splitlines()]
+    prompts = [len(byte_level()(row["prompt"])["input_ids"]) for row in rows]
+    for token in tokens:
+        given = token["position"] < prompts[token["example"]]
+        token["role"] = "prompt" if given else "response"
+    factor = (
+        {"prompt": 0.0, "response": 1.0} if rule == "wit*prob" else {"prompt": 1, "response": 1}
+    )
+    weights = np.array([t["prob"] * factor[t["role"]] for t in tokens])
+    (one,) = run(lab, weigher(rule, "prior", {}), spec=spec)["rules"]
+    assert [group["role"] for group in one["roles"]] == ["prompt", "response"]
+    check_groups(one["roles"], lambda g, t: g["role"] == t["role"], tokens, weights)
+    shown = cli.succeeded(cli.prift(*words(lab, "--rule", rule, "--labels", "all")))
+    assert "\nrole " in shown and "\nprompt " in shown and "\nresponse " in shown
 
 
 def test_files_and_data_weights(lab, tmp_path):
@@ -199,7 +272,7 @@ def words(lab, *more):
 RULE = {
     "rule", "arguments", "mix", "min_weight", "max_weight", "kept_share", "mean_weight",
     "effective_tokens", "effective_share", "loss", "learning_rate_factor", "histogram", "lengths",
-    "files", "most", "least",
+    "files", "roles", "most", "least",
 }  # fmt: skip
 
 
@@ -220,6 +293,29 @@ def test_the_command_as_json(lab):
     assert found["rules"][1]["mean_weight"] == squared["mean_weight"]
 
 
+def test_each_rule_compared_has_bounds_of_its_own(lab):
+    more = ["--rule", "prob", "--mix", "0.1", "--compare", "prob,mix=0.25,min-weight=0.4"]
+    more += ["--compare", "prob,power=2,max-weight=0.5", "--compare", "entropy,high=inf"]
+    shown = cli.succeeded(cli.prift(*words(lab, *more)))
+    for title in ("prob mix=0.1", "prob mix=0.25 min-weight=0.4", "prob power=2.0 max-weight=0.5"):
+        assert f"== {title}\n" in shown
+    found = json.loads(
+        cli.prift(*words(lab, *more, "--json")).stdout,
+        parse_constant=lambda name: pytest.fail(f"{name} is no JSON"),
+    )
+    q = np.array([t["prob"] for t in naive(lab)])
+    expected = [0.9 * q + 0.1, np.maximum(0.75 * q + 0.25, 0.4), np.minimum(q**2, 0.5)]
+    for one, weights in zip(found["rules"], expected, strict=False):
+        assert one["mean_weight"] == pytest.approx(weights.mean(), rel=1e-6)
+    bounds = [(one["mix"], one["min_weight"], one["max_weight"]) for one in found["rules"]]
+    assert bounds[:3] == [(0.1, None, None), (0.25, 0.4, None), (0, None, 0.5)]
+    assert found["rules"][3]["arguments"] == [{"high": "inf"}]
+    refused = cli.prift(*words(lab, "--rule", "prob", "--compare", "prob,mix=much"))
+    cli.refused(refused, "--compare mix=much: wanted a number")
+    refused = cli.prift(*words(lab, "--rule", "prob", "--compare", "prob,mix=2"))
+    cli.refused(refused, "--mix 2.0: a share is in [0, 1]")
+
+
 def test_the_command_for_people(lab):
     done = cli.prift(*words(lab, "--rule", "mass", "--mix", "0.2", "--compare", "prob"))
     cli.succeeded(done)
@@ -236,7 +332,8 @@ def test_the_command_for_people(lab):
         "weigh most",
         "weigh least",
         "data.jsonl:",
-        "mass keeps, by threshold",
+        "\nmass keeps, by threshold\n",
+        "\nrole ",
     ):
         assert text in shown, f"{text!r} is not in:\n{shown}"
     assert "████" in shown or "####" in shown

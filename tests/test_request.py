@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from prift.cache import PriorCache, sequence_key
 from prift.errors import MissingPrior
 from prift.request import Request, read_prior, request
+from prift.roles import PROMPT, RESPONSE
 from prift.store import spans
 from prift.store.writer import CacheWriter
 from prift.text.encode import Encoded
@@ -26,7 +27,8 @@ def examples(*rows, order=None) -> Examples:
     store = Store()
     for line, (ids, mask) in enumerate(rows, 1):
         labels = np.array([c == "1" for c in mask])
-        store.add(Encoded(np.array(ids, np.int32), labels), Row("d.jsonl", line, {}))
+        roles = np.where(labels, RESPONSE, PROMPT).astype(np.uint8)
+        store.add(Encoded(np.array(ids, np.int32), labels, roles), Row("d.jsonl", line, {}))
     return Examples(store, np.arange(len(rows)) if order is None else np.array(order), Report())
 
 

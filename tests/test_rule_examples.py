@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from prift.roles import ROLES
 from prift.rules import largest
 from prift.stats import TokenStats
 from prift.weigher import RULES
-from tests.rule_cases import chosen, stats_of
+from tests.rule_cases import chosen, roles, stats_of
 
 INF = math.inf
 
@@ -48,6 +49,7 @@ EXAMPLES = [
     ("entropy", {"low": "0.5", "high": "1.5"}, stats(entropy=[0, 1, 2]), None, None, [0, 1, 0]),
     ("eaft", {}, stats(entropy_top20=[0, 1.5]), None, None, [0, 0.5]),
     ("eaft", {"alpha": "2"}, stats(entropy_top20=[0, 1.5]), None, None, [0, 0.25]),
+    ("eaft", {"divisor": "1"}, stats(entropy_top20=[0, 1.5]), None, None, [0, 1.5]),
     ("eaft-full", {}, stats(entropy=[1.5, 6]), None, None, [0.5, 1]),
     # log q + H = 0, -2, 2: g = e^0 = 1, e^2 > 2, e^-2 = 0.13534; w = e^-1, e^(-3 * 2),
     # e^(-0.5 * 0.13534)
@@ -106,6 +108,15 @@ def test_by_hand(name, options, own, base, sequence, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-12)
 
 
+def test_wit_by_hand():
+    said = ["prompt", "response", "system", "user", "assistant", "tool"]
+    role_N = torch.tensor([ROLES.index(one) for one in said], dtype=torch.uint8)
+    by_hand = {"prompt": "0.25", "response": "2"}
+    found = chosen("wit", "prior", by_hand)(stats(), role_N=role_N)
+    assert found.tolist() == [0.25, 2, 0.25, 0.25, 2, 0.25]
+    assert chosen("wit")(stats(), role_N=role_N).tolist() == [0, 1, 0, 0, 1, 0]
+
+
 def test_mass_by_hand():
     # q = (0.5, 0.25, 0.25): u is 1, 0.5, 0.5 by the paper; by the authors' code 1, 0.25, 0.25.
     found = stats_of(np.array([logs(0.5, 0.25, 0.25)] * 3, np.float32), [0, 1, 2])
@@ -115,28 +126,28 @@ def test_mass_by_hand():
 
 
 def test_every_rule_has_an_example():
-    assert {name for name, *_ in EXAMPLES} == set(RULES)
+    assert {name for name, *_ in EXAMPLES} | {"wit"} == set(RULES)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_no_token_at_all(name):
     empty = stats_of(np.zeros((0, 5), np.float32), np.zeros(0, int))
-    found = chosen(name)(empty, torch.zeros(0, dtype=torch.int64), empty)
+    found = chosen(name)(empty, torch.zeros(0, dtype=torch.int64), empty, roles(0))
     assert found.shape in ((0,), ()) and found.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_one_token(name):
     one = stats_of(np.array([logs(0.5, 0.3, 0.2)], np.float32), [1])
-    (weight,) = chosen(name)(one, torch.tensor([4]), one).expand(1).tolist()
+    (weight,) = chosen(name)(one, torch.tensor([4]), one, roles(1)).expand(1).tolist()
     assert 0 <= weight < INF
 
 
 # q(y) = 0 beside a token of q(y) = 1/2: neither NaN nor, by default, infinite.
 IMPOSSIBLE = {
-    "uniform": 1, "prob": 0, "mass": 0, "threshold": 0, "prob-threshold": 0, "focal": 1, "rank": 1,
-    "entropy": 1, "eaft": LN2 / 3, "eaft-full": LN2 / 3, "idft": 0, "deft": 0, "deft-cayley": 0,
-    "talr": 0.01, "ranktuner": 0, "ranktuner-exact": 0, "self-reference": 0,
+    "uniform": 1, "prob": 0, "mass": 0, "threshold": 0, "prob-threshold": 0, "wit": 0, "focal": 1,
+    "rank": 1, "entropy": 1, "eaft": LN2 / 3, "eaft-full": LN2 / 3, "idft": 0, "deft": 0,
+    "deft-cayley": 0, "talr": 0.01, "ranktuner": 0, "ranktuner-exact": 0, "self-reference": 0,
     # neither the source nor the base gives it any chance: a ratio of 1
     "iw-sft": 1, "iw-sft-sequence": 1, "psft": 1, "pear": 1, "rho-1": 1, "token-cleaning": 1,
 }  # fmt: skip
@@ -147,7 +158,8 @@ def test_a_token_without_any_chance(name):
     both = stats_of(np.array([[0, 0, -INF]] * 2, np.float32), [2, 0])
     # of two tokens, keep one; the impossible one is the worst, or ties
     options = {"keep": "0.5"} if "keep" in RULES[name].options() else {}
-    found = chosen(name, "prior", options)(both, torch.tensor([0, 0]), both).expand(2)
+    rule = chosen(name, "prior", options)
+    found = rule(both, torch.tensor([0, 0]), both, roles(2)).expand(2)
     if name == "pear":  # the last token of a sequence is weighed by no ratio
         assert found.tolist() == pytest.approx([0.999, 1])
         found = found[1:]
@@ -182,7 +194,7 @@ def test_certainty():
     expected = {  # s = 1/4 + 1 and K = log2(2.25)^-2 = 0.730607: 1.25^-K = 0.849565
         "focal": 0, "eaft": 0, "eaft-full": 0, "ranktuner": 0.849565,
     }  # fmt: skip
-    for name in set(RULES) - {"pear"}:
+    for name in set(RULES) - {"pear", "wit"}:
         found = chosen(name)(sure, sequence, sure).expand(3)
         assert found.tolist() == pytest.approx([expected.get(name, 1)] * 3, rel=1e-5), name
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from prift.rules import largest
 from prift.stats import TokenStats
 from prift.weigher import RULES
-from tests.rule_cases import chosen, pair, stats_of, weigh
+from tests.rule_cases import chosen, pair, roles, stats_of, weigh
 
 seeds = st.integers(0, 10_000)
 few = settings(max_examples=10, deadline=None)
@@ -23,6 +23,8 @@ MONOTONE = [
     ("prob-threshold", "low", (0, 1), -1),
     ("prob-threshold", "high", (0, 1), 1),
     ("prob", "power", (0, 10), -1),
+    ("wit", "prompt", (0, 2), 1),
+    ("wit", "response", (0, 2), 1),
     ("focal", "gamma", (0, 10), -1),
     ("rank", "most", (1, 50), 1),
     ("entropy", "low", (0, 4), -1),
@@ -55,11 +57,13 @@ def of(name: str, seed: int, rows: int = 60):
     z, base, targets, sequence = pair(seed, rows)
     own, other, sequence_N = stats_of(z, targets), stats_of(base, targets), torch.tensor(sequence)
     rule = chosen(name)
-    return rule, own, sequence_N, other, rule(own, sequence_N, other).expand(rows)
+    return rule, own, sequence_N, other, rule(own, sequence_N, other, roles(rows)).expand(rows)
 
 
 def at(rows: torch.Tensor, own: TokenStats, sequence_N: torch.Tensor, base: TokenStats):
-    return own.map(lambda x: x[rows]), sequence_N[rows], base.map(lambda x: x[rows])
+    """What a rule sees of some of the 60 tokens of `of`."""
+    said = roles(60)[rows]
+    return own.map(lambda x: x[rows]), sequence_N[rows], base.map(lambda x: x[rows]), said
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -14,17 +14,18 @@ from prift.methods import METHODS, weigher
 from prift.stats import TokenStats, token_stats
 from prift.weigher import RULES, SOURCES
 from tests import references
-from tests.rule_cases import ALL, chosen, naive, pair, random_case, stats_of, weigh
+from tests.rule_cases import ALL, chosen, naive, pair, random_case, roles, stats_of, weigh
 
 OPTIONS = {
     "prob": [{"power": "3"}, {"power": "0.5"}, {"power": "0"}],
     "mass": [{"threshold": "0.3"}, {"threshold": "0.3", "ties": "official-code"}],
     "threshold": [{"low": "0.02", "high": "0.3"}, {"low": "0", "high": "0.05"}],
     "prob-threshold": [{"low": "0.03"}, {"high": "0.05"}, {"low": "0.01", "high": "0.2"}],
+    "wit": [{"prompt": "0.25"}, {"prompt": "0.5", "response": "2"}],
     "focal": [{"gamma": "0.5"}, {"gamma": "0"}],
     "rank": [{"most": "3"}, {"most": "1"}],
     "entropy": [{"low": "2.5"}, {"high": "2.5"}, {"low": "2.2", "high": "2.6"}],
-    "eaft": [{"alpha": "2"}],
+    "eaft": [{"alpha": "2"}, {"divisor": "1"}],
     "eaft-full": [{"alpha": "3"}],
     "idft": [{"beta": "2"}, {"low": "0.9", "high": "1.1"}],
     "talr": [{"floor": "0.2"}],
@@ -75,11 +76,12 @@ def test_no_case_is_trivial(name, options):
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_reads_no_more_than_it_declares(name):
     z, base, targets, sequence = pair(seed=2)
-    full = [stats_of(z, targets), torch.tensor(sequence), stats_of(base, targets)]
+    full = [stats_of(z, targets), torch.tensor(sequence), stats_of(base, targets), roles(120)]
     lean = [
         TokenStats(**{n: getattr(full[0], n) for n in RULES[name].needs}),
         full[1] if "sequence_N" in RULES[name].given() else None,
         TokenStats(**{n: getattr(full[2], n) for n in RULES[name].base}),
+        full[3] if "role_N" in RULES[name].given() else None,
     ]
     assert torch.equal(chosen(name, "prior")(*lean), chosen(name, "prior")(*full))
     assert bool(RULES[name].base) == ("base" in RULES[name].given())
@@ -101,10 +103,11 @@ def test_prior_and_online_agree_while_the_model_is_the_prior(name, monkeypatch):
     for source in SOURCES:
         leaves = [hidden.clone().requires_grad_(), projection.clone().requires_grad_()]
         rule = chosen(name, source)
-        known = rule(stats, sequence, base).expand(40) if source == "prior" else None
+        said = roles(40)
+        known = rule(stats, sequence, base, said).expand(40) if source == "prior" else None
         out = weighted_loss(
             leaves[0], Head(leaves[1]), targets, rule, base,
-            weights_N=known, sequence_N=sequence,
+            weights_N=known, sequence_N=sequence, role_N=said,
         )  # fmt: skip
         out.loss.backward()
         assert not out.weights.requires_grad
@@ -183,6 +186,25 @@ def test_every_rule_says_its_formula_and_has_plain_options(name):
     assert all(p.default is not p.empty for p in RULES[name].options().values())
 
 
+def test_cuts_are_options_that_decide_which_tokens_are_kept():
+    """And every value is one that the rule takes; an option that opens and closes is tried so."""
+    seen = {(name, option) for name, rule in RULES.items() for option in rule.cuts}
+    assert seen == {
+        ("mass", "threshold"), ("rank", "most"), ("entropy", "low"), ("entropy", "high"),
+        ("threshold", "low"), ("threshold", "high"),
+        ("prob-threshold", "low"), ("prob-threshold", "high"),
+    }  # fmt: skip
+    case = pair(seed=11)
+    for name, option in seen:
+        beside = {"low": "0"} if option == "high" else {}
+        kept = [
+            int(np.count_nonzero(weigh(name, "prior", {**beside, option: str(value)}, *case)))
+            for value in RULES[name].cuts[option]
+        ]
+        assert kept == sorted(kept, reverse=option in ("threshold", "low")), (name, option)
+        assert kept[0] != kept[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -192,8 +214,11 @@ def test_every_rule_says_its_formula_and_has_plain_options(name):
         ("mass", {"threshold": "1.5"}, "threshold=1.5: wanted a probability mass, in [0, 1]."),
         ("threshold", {"low": "-1"}, "low=-1.0: wanted a probability, in [0, 1]."),
         ("threshold", {"high": "0.05"}, "high=0.05: wanted a probability, in [0, 1] and not below"),
+        ("wit", {"prompt": "-1"}, "prompt=-1.0: wanted a finite weight of 0 or more."),
+        ("wit", {"response": "inf"}, "response=inf: wanted a finite weight of 0 or more."),
         ("rank", {"most": "0"}, "most=0: wanted a rank, 1 or more."),
         ("entropy", {"low": "2", "high": "1"}, "--rule-arg high=1.0 is below low=2.0."),
+        ("eaft", {"divisor": "0"}, "divisor=0.0: wanted a finite number of nats above 0."),
         ("idft", {"beta": "0"}, "beta=0.0: wanted a finite temperature above 0."),
         ("idft", {"high": "inf"}, "high=inf: wanted a finite power of 0 or more."),
         ("idft", {"low": "3"}, "low=3.0: wanted a power of 0 or more, not above high."),

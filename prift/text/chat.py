@@ -8,11 +8,13 @@ what the model sees when it generates that turn.
 
 import datetime
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prift.errors import DataError
+from prift.roles import ASSISTANT, PROMPT
 from prift.text.encode import Rendering
 from prift.text.formats import Chat
+from prift.text.whole import Whole
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "prift probes the end of this turn"
@@ -116,11 +118,14 @@ def with_system(chat: Chat, system: str | None) -> Chat:
     if system is None or any(message["role"] == "system" for message in chat.messages):
         return chat
     first = {"role": "system", "content": system}
-    return Chat([first, *chat.messages], [False, *chat.trained], chat.tools)
+    return Chat([first, *chat.messages], [None, *chat.trained], chat.tools)
 
 
-def render_chat(chat: Chat, template: Template) -> Rendered:
+def render_chat(chat: Chat, template: Template, everything: bool = False) -> Rendered:
     """The conversation's text or texts, and what of them is trained.
+
+    everything  every turn is, and what the template writes, but not what the row bars. Each once:
+                where there are several texts, in the first that has it
 
     Raises DataError where the template refuses the conversation, writes a turn in a way that its
     own generation prompt cannot lead to, or loses a trained turn's tool calls.
@@ -136,8 +141,9 @@ def render_chat(chat: Chat, template: Template) -> Rendered:
         spans = {i: mark for i, mark in zip(assistants, marks, strict=True) if i in turns}
     else:
         spans = {i: _prefix_span(i, messages, chat, template, whole) for i in turns}
+    end = len(messages) - 1
     if None not in spans.values():
-        return _rendered([(whole, spans)], chat, template, split=False)
+        return _rendered([(whole, end, spans)], chat, template, everything)
     parts = []
     for i in turns:
         text = template.render(messages[: i + 1], chat.tools)
@@ -148,8 +154,8 @@ def render_chat(chat: Chat, template: Template) -> Rendered:
                 "prefix of what it writes for the finished turn, so the turn's tokens cannot be "
                 "told. Give a template with {% generation %} marks with --chat-template FILE"
             )
-        parts.append((text, {i: span}))
-    return _rendered(parts, chat, template, split=True)
+        parts.append((text, i, {i: span}))
+    return replace(_rendered(parts, chat, template, everything), split=True)
 
 
 def _for_template(message: dict) -> dict:
@@ -176,22 +182,27 @@ def _prefix_span(
 
 
 def _rendered(
-    parts: list[tuple[str, dict[int, tuple[int, int]]]],
+    parts: list[tuple[str, int, dict[int, tuple[int, int]]]],
     chat: Chat,
     template: Template,
-    split: bool,
+    everything: bool,
 ) -> Rendered:
-    renderings, unseen = [], set()
-    for text, spans in parts:
-        trained = []
+    """Of each part: its text, its last message and the characters of its trained turns."""
+    renderings, unseen, before = [], set(), -1
+    whole = replace(chat, messages=[_for_template(message) for message in chat.messages])
+    for text, last, spans in parts:
+        spans = {i: (begin, template.close(text, begin, end)) for i, (begin, end) in spans.items()}
         for i, (begin, end) in spans.items():
-            end = template.close(text, begin, end)
-            trained.append((begin, end))
             unseen |= _unseen(chat.messages[i], i, text[begin:end])
         unseen |= {"tools"} if any(_name(tool) not in text for tool in chat.tools or []) else set()
+        trained = list(spans.values())
         add_eos = template.end_of_turn == "" and bool(trained) and trained[-1][1] == len(text)
-        renderings.append(Rendering(text, trained, add_eos))
-    return Rendered(renderings, split, frozenset(unseen))
+        roles = [edge for begin, end in trained for edge in ((begin, ASSISTANT), (end, PROMPT))]
+        if everything:
+            trained, roles = Whole(template, whole, text, last, spans).behind(before)
+            before = last
+        renderings.append(Rendering(text, trained, roles, add_eos))
+    return Rendered(renderings, unseen=frozenset(unseen))
 
 
 def _unseen(message: dict, turn: int, text: str) -> set[str]:

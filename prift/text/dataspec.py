@@ -94,6 +94,7 @@ class DataSpec:
             "--chat-template": self.chat_template,
             "--split": self.text.split,
             "--format": None if self.text.format == default.format else self.text.format,
+            "--labels": None if self.text.labels == default.labels else self.text.labels,
             "--template": self.text.template,
             "--system": self.text.system,
             "--max-length": self.text.max_length,

@@ -6,10 +6,11 @@ cutting there: with many tokenizers those ids are not a prefix of the whole's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from prift.roles import ASSISTANT, PROMPT, RESPONSE
 from prift.text.formats import Plain, Tokens
 from prift.text.tokenizers import Codec
 
@@ -20,28 +21,39 @@ class Encoded:
 
     input_ids   int32 [T]
     label_mask  bool [T]
+    roles       uint8 [T], codes of prift.roles: of a token that covers several, the first's
     straddled   tokens that cover a boundary's both sides, and are no labels for that reason
     """
 
     input_ids: np.ndarray
     label_mask: np.ndarray
+    roles: np.ndarray
     straddled: int = 0
+
+    def cut(self, length: int) -> "Encoded":
+        """Its first tokens."""
+        parts = (self.input_ids, self.label_mask, self.roles)
+        return Encoded(*(part[:length] for part in parts), self.straddled)
 
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A templated text, the characters [begin, end) that are trained, and whether EOS is missing.
+    """A templated text, the characters [begin, end) that are trained, whose words it is, and
+    whether EOS is missing.
 
-    `add_eos`: the template wrote nothing behind the last trained turn, so the encoder ends it.
+    roles    (where it begins, code of prift.roles), ascending; in front of the first, PROMPT
+    add_eos  the template wrote nothing behind the last trained turn, so the encoder ends it
     """
 
     text: str
     trained: list[tuple[int, int]]
+    roles: list[tuple[int, int]] = field(default_factory=list)
     add_eos: bool = False
 
 
-def encode_plain(items: Sequence[Plain], codec: Codec) -> list[Encoded]:
-    """BOS where the tokenizer adds it, prompt, response, EOS; response and EOS are the labels.
+def encode_plain(items: Sequence[Plain], codec: Codec, everything: bool = False) -> list[Encoded]:
+    """BOS where the tokenizer adds it, prompt, response, EOS; response and EOS are the labels, or
+    everything.
 
     The prompt's ids are those that generation will see, and the response's follow, wherever the
     two together decode to the exact text, or at least to what the whole's own ids decode to. An
@@ -62,10 +74,19 @@ def encode_plain(items: Sequence[Plain], codec: Codec) -> list[Encoded]:
         if spans.get(i) is not None:
             ids, characters = spans[i]
             mask, straddled = label_spans(characters, [(len(item.prompt), len(whole[i]))])
+            roles = _roles_at(characters, [(len(item.prompt), RESPONSE)])
         else:
             ids, straddled = joined[i], 0
             mask = np.arange(len(ids)) >= len(prompts[i])
-        encoded.append(_finish(ids, mask, straddled, codec, bos=True, eos=bool(item.response)))
+            roles = np.where(mask, RESPONSE, PROMPT)
+        if everything:
+            mask, straddled = np.ones(len(ids), bool), 0
+        if ids[: len(codec.prefix)] != codec.prefix:
+            given = len(codec.prefix)
+            mask, roles = np.r_[[everything] * given, mask], np.r_[[PROMPT] * given, roles]
+            ids = codec.prefix + ids
+        eos = bool(item.response)
+        encoded.append(_finish(ids, mask, roles, straddled, codec, RESPONSE if eos else None))
     return encoded
 
 
@@ -87,13 +108,17 @@ def encode_renderings(renderings: Sequence[Rendering], codec: Codec) -> list[Enc
     spans = codec.spans([rendering.text for rendering in renderings])
     for rendering, (ids, characters) in zip(renderings, spans, strict=True):
         mask, straddled = label_spans(characters, rendering.trained)
-        encoded.append(_finish(ids, mask, straddled, codec, bos=False, eos=rendering.add_eos))
+        roles = _roles_at(characters, rendering.roles)
+        eos = ASSISTANT if rendering.add_eos else None
+        encoded.append(_finish(ids, mask, roles, straddled, codec, eos))
     return encoded
 
 
-def encode_tokens(item: Tokens) -> Encoded:
-    """Ids made elsewhere, as they are."""
-    return _encoded(item.input_ids, np.array(item.labels) != -100, 0)
+def encode_tokens(item: Tokens, everything: bool = False) -> Encoded:
+    """Ids made elsewhere, as they are: their labels are the response, the rest is the prompt."""
+    response = np.array(item.labels) != -100
+    mask = np.ones(len(response), bool) if everything else response.copy()
+    return _encoded(item.input_ids, mask, np.where(response, RESPONSE, PROMPT), 0)
 
 
 def label_spans(
@@ -113,16 +138,26 @@ def label_spans(
     return mask, int(crossing.sum())
 
 
+def _roles_at(characters: np.ndarray, roles: Sequence[tuple[int, int]]) -> np.ndarray:
+    """int [T]: whose words each token begins in. See Rendering."""
+    begins, codes = np.array([(0, PROMPT), *roles]).T
+    return codes[np.searchsorted(begins, characters[:, 0], "right") - 1]
+
+
 def _finish(
-    ids: list[int], mask: np.ndarray, straddled: int, codec: Codec, bos: bool, eos: bool
+    ids: list[int],
+    mask: np.ndarray,
+    roles: np.ndarray,
+    straddled: int,
+    codec: Codec,
+    eos: int | None,
 ) -> Encoded:
-    """Adds BOS in front and EOS as a label behind, each unless the text itself spelt it there."""
-    prefix = codec.prefix if bos and ids[: len(codec.prefix)] != codec.prefix else []
-    suffix = [codec.eos] if eos and codec.eos is not None and ids[-1:] != [codec.eos] else []
-    mask = np.concatenate([np.zeros(len(prefix), bool), mask, np.ones(len(suffix), bool)])
-    return _encoded(prefix + ids + suffix, mask, straddled)
+    """Adds EOS behind as a label of the role `eos`, unless that is None or the text spelt it."""
+    if eos is not None and codec.eos is not None and ids[-1:] != [codec.eos]:
+        ids, mask, roles = [*ids, codec.eos], np.r_[mask, True], np.r_[roles, eos]
+    return _encoded(ids, mask, roles, straddled)
 
 
-def _encoded(ids: list[int], mask: np.ndarray, straddled: int) -> Encoded:
+def _encoded(ids: list[int], mask: np.ndarray, roles: np.ndarray, straddled: int) -> Encoded:
     mask[:1] = False
-    return Encoded(np.array(ids, np.int32), mask, straddled)
+    return Encoded(np.array(ids, np.int32), mask, roles.astype(np.uint8), straddled)

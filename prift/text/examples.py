@@ -29,14 +29,23 @@ _MOST_TOKENS = 1 << 28  # and one of very many rows at 1.3 GB
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Ids, and which of them are trained; both read-only views.
+    """Ids, which of them are trained, and whose words they are.
 
-    input_ids   int32 [T]
+    input_ids   int32 [T], a read-only view
     label_mask  bool [T]; entry 0 is always False, since position 0 has no statistics
+    roles       uint8 [T]: codes of prift.roles
     """
 
     input_ids: np.ndarray
-    label_mask: np.ndarray
+    _marks: np.ndarray  # as Store has them
+
+    @property
+    def label_mask(self) -> np.ndarray:
+        return (self._marks & 1).astype(bool)
+
+    @property
+    def roles(self) -> np.ndarray:
+        return self._marks >> 1
 
 
 class Examples(Sequence[Example]):
@@ -50,15 +59,15 @@ class Examples(Sequence[Example]):
 
     def __init__(self, store: Store, order: np.ndarray, report: Report) -> None:
         self._ids = np.frombuffer(store.ids, np.int32)
-        self._mask = np.frombuffer(store.mask, bool)
+        self._marks = np.frombuffer(store.marks, np.uint8)
         self._offsets = np.frombuffer(store.offsets, np.int64)
-        self._ids.flags.writeable = self._mask.flags.writeable = False  # examples are views
+        self._ids.flags.writeable = self._marks.flags.writeable = False  # examples are views
         self._store = store
         self._order = order
         self.report = report
         self.lengths = np.diff(self._offsets)[order]
         self.num_tokens = int(self.lengths.sum())
-        labels = np.add.reduceat(self._mask, self._offsets[:-1], dtype=np.int64)
+        labels = np.add.reduceat(self._marks & 1, self._offsets[:-1], dtype=np.int64)
         self.label_counts = labels[order]
         self.num_labels = int(self.label_counts.sum())
 
@@ -70,7 +79,15 @@ class Examples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = self._order[index]
         begin, end = self._offsets[at], self._offsets[at + 1]
-        return Example(self._ids[begin:end], self._mask[begin:end])
+        return Example(self._ids[begin:end], self._marks[begin:end])
+
+    def label_roles(self) -> np.ndarray:
+        """uint8 [num_labels]: the role of each label token, flat over all examples in order."""
+        found = np.empty(self.num_labels, np.uint8)
+        ends = np.cumsum(self.label_counts)
+        for example, count, end in zip(self, self.label_counts, ends, strict=True):
+            found[end - count : end] = example.roles[example.label_mask]
+        return found
 
     def where(self, index: int) -> str:
         """File and line (or row number), counted from 1: "gsm8k_train.jsonl:17"."""
@@ -209,6 +226,8 @@ def _check(
             raise OptionError(f"--data-weight {weight} should be a number above 0")
     if options.template not in (None, "chat", "plain"):
         raise OptionError(f"--template {options.template!r}: there are chat and plain")
+    if options.labels not in ("responses", "all"):
+        raise OptionError(f"--labels {options.labels!r}: there are responses and all")
     if options.on_empty not in ("drop", "error"):
         raise OptionError(f"--on-empty {options.on_empty!r}: there are drop and error")
     bounds = [("max-length", options.max_length, 2), ("limit", options.limit, 1)]

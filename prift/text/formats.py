@@ -27,10 +27,11 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages as chat templates take them, with one bool each: are its tokens labels?"""
+    """Messages as chat templates take them, and of each whether its tokens are labels; None: only
+    where prompts are trained too (--labels all)."""
 
     messages: list[dict]
-    trained: list[bool]
+    trained: list[bool | None]
     tools: list[dict] | None = None
 
 
@@ -139,9 +140,10 @@ def _pair(row: dict, column: str) -> Item:
     if not isinstance(row["prompt"], list):
         prompt = text(row["prompt"], "'prompt'")
         return Plain(prompt, text(row[column], repr(column)), user=prompt)
-    before, _ = read_turns(row["prompt"], "prompt")
+    before, given = read_turns(row["prompt"], "prompt")
     after, trained = read_turns(row[column], column)
-    return Chat(before + after, [False] * len(before) + trained, read_tools(row.get("tools")))
+    given = [False if one is False else None for one in given]
+    return Chat(before + after, given + trained, read_tools(row.get("tools")))
 
 
 @format("question-answer", columns=("question", "answer"))
@@ -201,7 +203,7 @@ def _conversation(row: dict, column: str) -> Chat:
         if turns[0]["role"] == "system":
             raise DataError("it has both a 'system' column and a system turn; keep one of them")
         turns.insert(0, {"role": "system", "content": text(row["system"], "'system'")})
-        trained.insert(0, False)
+        trained.insert(0, None)
     return Chat(turns, trained, read_tools(row.get("tools")))
 
 

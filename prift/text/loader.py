@@ -25,6 +25,7 @@ class TextOptions:
     """What decides the text, beside data and tokenizer; the options of both commands.
 
     format      a name in FORMATS, or "auto"
+    labels      "responses", or "all": whether what is given to the model is trained too
     template    "chat", "plain", or None: as the format has it
     system      system message for conversations without one
     max_length  longest sequence in tokens; longer ones are cut at the right
@@ -35,6 +36,7 @@ class TextOptions:
     """
 
     format: str = "auto"
+    labels: str = "responses"
     template: str | None = None
     system: str | None = None
     max_length: int | None = None
@@ -45,10 +47,13 @@ class TextOptions:
 
 
 class Store:
-    """Growing flat arrays: examples in the order of reading, each once."""
+    """Growing flat arrays: examples in the order of reading, each once.
+
+    marks  one byte a token: twice its role, and 1 more where it is a label
+    """
 
     def __init__(self) -> None:
-        self.ids, self.mask, self.offsets = array("i"), bytearray(), array("q", [0])
+        self.ids, self.marks, self.offsets = array("i"), bytearray(), array("q", [0])
         self.files: list[str] = []
         self.file, self.line = array("i"), array("q")
 
@@ -57,7 +62,7 @@ class Store:
 
     def add(self, encoded: Encoded, row: Row) -> None:
         self.ids.frombytes(encoded.input_ids.tobytes())
-        self.mask += encoded.label_mask.tobytes()
+        self.marks += (encoded.roles << 1 | encoded.label_mask).tobytes()
         self.offsets.append(len(self.ids))
         if not self.files or self.files[-1] != row.file:
             self.files.append(row.file)
@@ -86,7 +91,7 @@ class Loader:
         self.report = Report()
         self._tokenizer = tokenizer
         self._codec = codec or Codec(tokenizer)
-        self._options = options
+        self._options, self._everything = options, options.labels == "all"
         self._context = context
         self._batch = min(batch, _BATCH)
         self._template: Template | None = None
@@ -142,7 +147,7 @@ class Loader:
         if template == "chat" and isinstance(item, Plain) and item.user is not None:
             turns = [("user", item.user), ("assistant", item.response)]
             messages = [{"role": role, "content": content} for role, content in turns]
-            item = Chat(messages, [False, True])
+            item = Chat(messages, [None, True])
         kind = "chat" if isinstance(item, Chat) else "plain"
         if template is not None and (template != kind or isinstance(item, Tokens)):
             raise OptionError(f"--template {template} cannot be had for the format {name}")
@@ -158,7 +163,7 @@ class Loader:
     def _encode(self, rows: list[Row], items: list[Item]) -> list[list[Encoded]]:
         """The sequences of each item: one, or several for a conversation that had to be split."""
         plain = [item for item in items if isinstance(item, Plain)]
-        encoded_plain = iter(encode_plain(plain, self._codec) if plain else [])
+        encoded_plain = iter(encode_plain(plain, self._codec, self._everything) if plain else [])
         rendered = [
             self._render(row, item) if isinstance(item, Chat) else []
             for row, item in zip(rows, items, strict=True)
@@ -170,18 +175,18 @@ class Loader:
             if isinstance(item, Plain):
                 sequences.append([next(encoded_plain)])
             elif isinstance(item, Tokens):
-                sequences.append([encode_tokens(item)])
+                sequences.append([encode_tokens(item, self._everything)])
             else:
                 sequences.append([next(encoded_chat) for _ in renderings])
         return sequences
 
     def _render(self, row: Row, chat: Chat) -> list:
-        if not any(chat.trained):
+        if not any(one or (one is None and self._everything) for one in chat.trained):
             self._unlabelled.append(row.where)
             return []
         try:
             self._template = self._template or Template(self._tokenizer)
-            rendered = render_chat(chat, self._template)
+            rendered = render_chat(chat, self._template, self._everything)
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from error
         self.report.split += rendered.split
@@ -198,7 +203,7 @@ class Loader:
             return None
         if limit is not None and len(encoded.input_ids) > limit:
             self.report.truncated += 1
-            encoded = Encoded(encoded.input_ids[:limit], encoded.label_mask[:limit])
+            encoded = encoded.cut(limit)
             if not encoded.label_mask.any():
                 self.report.dropped.append(row.where)
                 return None

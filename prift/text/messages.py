@@ -34,8 +34,9 @@ _PART_VALUES = ("value", "text", "reasoning", "thinking")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "input_audio", "image_url")
 
 
-def read_turns(turns, column: str) -> tuple[list[dict], list[bool]]:
-    """All messages, and for each whether its tokens are labels (assistant turns, by default).
+def read_turns(turns, column: str) -> tuple[list[dict], list[bool | None]]:
+    """All messages, and for each whether its tokens are labels: True, False where the row says so,
+    None where only --labels all makes them labels. Assistant turns are, unless the row says not.
 
     Raises DataError for anything that is not a list of turns which a chat template can render.
     """
@@ -173,11 +174,11 @@ def _from_json(value, what: str):
         raise DataError(f"{what} should be JSON ({error}); found {_shown(value)}") from error
 
 
-def _is_trained(turn: dict, message: dict) -> bool:
+def _is_trained(turn: dict, message: dict) -> bool | None:
     weight = turn.get("loss_weight")
     weight = turn.get("weight") if weight is None else weight
     if weight is None:
-        return message["role"] == "assistant"
+        return True if message["role"] == "assistant" else None
     if not isinstance(weight, (int, float)) or weight not in (0, 1):
         raise DataError(f"loss_weight is {weight!r}; a turn is trained (1) or not (0)")
     if weight and message["role"] != "assistant":
