@@ -2,7 +2,7 @@
 
 The logits are made a tile of the vocabulary at a time and become exponentials while the tile is
 still in the processor's cache; what is kept is e = exp(z - reference), of which the gradient is a
-product away. For a GPU see whole.py.
+product away. For a GPU see wholechunk.py.
 """
 
 from collections.abc import Iterator, Sequence

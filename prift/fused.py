@@ -26,7 +26,7 @@ from prift.heads import Head, head_of
 from prift.loss import Kernel, weighted_loss
 from prift.memory import free_memory
 from prift.weigher import Rule, Weigher
-from prift.whole import passes
+from prift.wholechunk import passes
 
 _ROWS = 1024  # enough for many blocks of rows, whose sums a kernel may round one by one
 _SPREAD = (0.5, 20.0)  # of a row's logits: flat ones, and those that meet a soft cap

@@ -22,7 +22,7 @@ from prift.products import add_pull_back, add_turned
 from prift.stats import TokenStats, tile_sums
 from prift.terms import Anchor, Asked, Online, Terms
 from prift.weigher import Weigher
-from prift.whole import WholeChunk, passes
+from prift.wholechunk import WholeChunk, passes
 
 _CHUNK_BYTES = 320 << 20  # of one float32 chunk of exponentials
 _CHUNK_ROWS = (64, 1024)  # fewer: each chunk's V x H accumulation dominates; more: no faster

@@ -9,7 +9,7 @@ import torch
 from prift.chunk import Chunk
 from prift.heads import Head
 from prift.stats import STATISTICS
-from prift.whole import Passes, WholeChunk, passes
+from prift.wholechunk import Passes, WholeChunk, passes
 from tests.references import token_stats as naive_stats
 
 V, H = 5000, 24

@@ -58,7 +58,7 @@ LAYERS = {
         "packcheck",
         "fold",
         "chunk",
-        "whole",
+        "wholechunk",
         "lora",
         "text.messages",
         "text.rows",
@@ -120,7 +120,7 @@ def source_of(folder: str) -> dict[str, Path]:
 
 
 PRODUCTS = {"errors", "home", "native", "products"}
-NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "whole", "weigher"}
+NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "wholechunk", "weigher"}
 LOSS = NUMBERS | {"anchor", "terms"}
 CACHE = {
     "errors",
@@ -170,7 +170,7 @@ REACH = {
     "anchor": set(),
     "terms": {"errors", "stats", "weigher", "anchor"},
     "chunk": PRODUCTS | {"heads", "stats", "fold"},
-    "whole": PRODUCTS | {"heads", "stats", "fold"},
+    "wholechunk": PRODUCTS | {"heads", "stats", "fold"},
     "loss": LOSS,
     "fused": LOSS | {"loss", "memory"},
     "packing": PRODUCTS | {"heads"},

@@ -11,7 +11,7 @@ from prift.loss import weighted_loss
 from prift.methods import weigher
 from prift.stats import TokenStats, token_stats
 from prift.weigher import Rule, Weigher
-from prift.whole import Passes, WholeChunk
+from prift.wholechunk import Passes, WholeChunk
 from tests import references
 
 H, V = 16, 203
