@@ -133,10 +133,8 @@ def train(
     import sys
     from contextlib import redirect_stdout
 
-    import torch.distributed
-
     from prift.arguments import training_arguments
-    from prift.ranks import is_rank_zero
+    from prift.ranks import is_rank_zero, leave
     from prift.train import train as run
     from prift.training_data import TrainOptions
 
@@ -162,9 +160,8 @@ def train(
                 say,
             )
         except Interrupted as stop:
-            stopped = stop
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads would abort the exit now and then
+            stopped = stop.with_traceback(None)  # which would keep the trainer alive
+    leave()
     if stopped is not None:
         raise stopped
     if is_rank_zero():

@@ -1,6 +1,7 @@
 """Work that one process does for all (rank 0 alone hashes the model and writes shared files), and
 what all must agree on."""
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,14 @@ def from_each_rank(compute: Callable[[], Any]) -> list[Any]:
         if error is not None:
             raise error
     return [value for value, _ in found]
+
+
+def leave() -> None:
+    """Ends the process group, at the end of a run. What wrapped the model keeps it alive, and a
+    thread of it that lets go of its last work while Python ends aborts the process."""
+    if _is_distributed():
+        torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 def _is_distributed() -> bool:

@@ -21,7 +21,7 @@ from prift.heads import body_of
 from prift.methods import METHODS, weigher
 from prift.normalizers import DENOMINATORS
 from prift.packing import varlen_attention
-from prift.ranks import is_rank_zero
+from prift.ranks import is_rank_zero, leave
 from prift.text.examples import Examples
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
@@ -222,4 +222,6 @@ if __name__ == "__main__":
     if is_rank_zero():
         torch.save(result["parameters"], target / "parameters.pt")
         (target / "logged.json").write_text(json.dumps(result["logged"]))
-    torch.distributed.destroy_process_group()
+    leave()
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name], threads
