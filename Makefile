@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM ?= .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all bench-score bench-rounding bench-train bench-scale bench-cache bench-gpu lint docs data clean
+.PHONY: demo test test-all test-vllm bench-vllm bench-score bench-rounding bench-train bench-scale bench-cache bench-gpu lint docs data clean
 
 # torch first and by itself: any other package that asks for torch would pull another build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,6 +27,21 @@ $(VENV)/.installed-all: $(VENV)/.installed
 
 test-all: $(VENV)/.installed-all  ## the slow ones too
 	@$(BIN)/python -m pytest -q -n 2 --dist loadscope
+
+# vLLM built for CPUs, beside prift, in an environment of its own. What vLLM declares and does not
+# need here is left out, triton of 1 GB among it: see constraints-vllm.txt.
+$(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -c constraints.txt $(TORCH)
+	$(VLLM)/bin/pip install -q -c constraints.txt -e . pytest hypothesis
+	$(VLLM)/bin/pip install -q -c constraints.txt --no-deps -r constraints-vllm.txt
+	@touch $@
+
+test-vllm: $(VLLM)/.installed  ## the vLLM backend, on a CPU, with engines of its own
+	@$(VLLM)/bin/python -m pytest -q tests/vllm
+
+bench-vllm: $(VLLM)/.installed  ## the vLLM backend against vLLM itself, and against transformers
+	@$(VLLM)/bin/python -m benchmarks.vllm --json bench-vllm.json
 
 bench-score: $(VENV)/.installed  ## what the statistics cost on top of the forward pass
 	@$(BIN)/python -m benchmarks.score --json bench-score.json
@@ -67,4 +83,4 @@ data: $(VENV)/.installed  ## makes the embedded model and demonstrations anew; a
 	$(BIN)/python data/pretrain.py
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VLLM) demo build *.egg-info .pytest_cache .hypothesis .ruff_cache
