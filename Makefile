@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all test-vllm bench-vllm bench-score bench-rounding bench-train bench-scale bench-cache bench-gpu lint docs data clean
+.PHONY: demo test test-all test-vllm test-vllm-smallest bench-vllm bench-score bench-rounding bench-train bench-scale bench-cache bench-gpu lint docs data clean
 
 # torch first and by itself: any other package that asks for torch would pull another build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ $(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt
 
 test-vllm: $(VLLM)/.installed  ## the vLLM backend, on a CPU, with engines of its own
 	@$(VLLM)/bin/python -m pytest -q tests/vllm
+
+test-vllm-smallest: $(VLLM)/.installed  ## of those what CI runs: one engine
+	@$(VLLM)/bin/python -m pytest -q tests/vllm/test_brackets.py tests/vllm/test_smallest.py
 
 bench-vllm: $(VLLM)/.installed  ## the vLLM backend against vLLM itself, and against transformers
 	@$(VLLM)/bin/python -m benchmarks.vllm --json bench-vllm.json
