@@ -38,6 +38,7 @@ LAYERS = {
         "store.notes",
         "store.roots",
         "store.stores",
+        "store.invariants",
         "mapped",
         "memory",
         "signals",
@@ -81,7 +82,8 @@ LAYERS = {
     # examples, the loss, who runs the prior
     3: {"text.loader", "text.examples", "text.dataspec", "loss", "fused", "forward", "backends"}
     | {f"backends.{name}" for name in ("batches", "bodies", "prompts", "packing", "ways")}
-    | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
+    | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")}
+    | {f"backends.vllm{name}" for name in ("", "_engine", "_worker", "_selftest", "_bounds")},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
     | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "dataset"}
@@ -92,7 +94,6 @@ LAYERS = {
         "store.verify",
         "store.problems",
         "store.partcheck",
-        "store.invariants",
         "store.doubles",
     }
     | {"store.merging", "store.compact", "store.copying", "store.gc"},
@@ -181,6 +182,9 @@ REACH = {
         | {"models", "packing"}
         for n in ("prompts", "packing")
     },
+    "backends.vllm_worker": NUMBERS | {"backends", "identity", "store.versions"},
+    "backends.vllm_bounds": NUMBERS | {"backends", "identity", "store.versions"},
+    "backends.vllm_engine": {"errors", "backends", "stats", "identity", "store.versions", "home"},
     "models": {"errors"},
     "placement": {"errors", "models"},
 }

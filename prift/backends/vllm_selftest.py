@@ -1,0 +1,89 @@
+"""Whether the columns that came back are the statistics: vLLM's own answer to the same prompt says.
+
+Asked before anything is scored. A version of vLLM whose insides have moved may take the exchanged
+function and hand it other rows, other targets, or logits that are none.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from prift.backends.vllm_worker import COLUMNS, columns_for
+from prift.stats import CORE
+from prift.store import invariants
+
+PUBLIC_K = 20
+"""Of vLLM's own answer: as many as it gives by default."""
+
+_ROOM = {"float32": 1e-3}  # nats between two runs of one prompt; other dtypes: 0.1
+_NEAR = 0.02  # share of the probability mass that near ties may move
+
+
+def probe(vocabulary: int, most: int) -> list[list[int]]:
+    """Two prompts of tokens from all over the vocabulary, of at most `most` tokens."""
+    ids = np.linspace(0, vocabulary - 1, max(2, min(24, most))).astype(int).tolist()
+    return [ids, ids[::-1]]
+
+
+def fault(
+    ours: tuple[np.ndarray, np.ndarray, np.ndarray],
+    public: tuple[np.ndarray, np.ndarray, np.ndarray],
+    targets: np.ndarray,
+    vocabulary: int,
+    dtype: str,
+) -> str | None:
+    """What is wrong with the columns of one prompt, or None.
+
+    ours, public  (token ids [N, K+1], columns [N, K+1], ranks [N]) of the exchanged function, and
+                  of vLLM's own for PUBLIC_K or fewer
+    targets       int [N]
+    """
+    return next(_faults(ours, public, targets, vocabulary, dtype), None)
+
+
+def _faults(ours, public, targets, vocabulary, dtype) -> Iterator[str]:
+    (ids, columns, rank), K = ours, columns_for(CORE)
+    if columns.shape != (len(targets), K + 1):
+        yield f"columns of the shape {columns.shape}, not {(len(targets), K + 1)}"
+        return
+    marks = np.minimum(np.arange(K), vocabulary - 1)
+    if not (ids[:, 0] == targets).all() or not (ids[:, 1:] == marks).all():
+        yield "the columns are not those of the worker's function"
+        return
+    values = {name: columns[:, at] for at, name in enumerate(COLUMNS[: K + 1])}
+    values["rank"] = rank
+    own, reaching = np.maximum(public[1].astype(np.float64), -1e4), public[2]
+    if np.isnan(own).any():
+        return  # the model's own trouble, which scoring tells by sequence
+    for name, what, _ in invariants.broken(values, vocabulary=vocabulary):
+        yield f"{name} {what}"
+    room = _ROOM.get(dtype, 0.1)
+    with np.errstate(invalid="ignore"):
+        off = np.nan_to_num(np.abs(values["logprob"] - own[:, 0]), nan=0.0)
+    if off.max() > room:
+        yield f"logprob is off by {off.max():.3g}"
+    last = rank + values["n_tie"] - 1
+    if (np.abs(last - reaching) > 3 + (0.02 if dtype == "float32" else 0.5) * reaching).any():
+        yield "rank is not vLLM's"
+    yield from _between(values, own, vocabulary, room)
+
+
+def _between(
+    values: dict[str, np.ndarray], own: np.ndarray, vocabulary: int, room: float
+) -> Iterator[str]:
+    """Mass rank and entropy must lie where the most probable tokens say that they do."""
+    target, top = own[:, :1], own[:, 1:]
+    q, K = np.exp(top), top.shape[1]
+    slack = _NEAR + room
+    mass, above = np.exp(values["log_mass_rank"].astype(np.float64)), (q * (top > target)).sum(1)
+    rest = np.maximum(1 - q.sum(1), 0)
+    unlisted = np.where((top > target).all(1), rest, 0)  # of it some may lie above
+    if ((mass > 1 - above + slack) | (mass < 1 - above - unlisted - slack)).any():
+        yield "mass rank is not where the most probable tokens say"
+    listed = -(q * top).sum(1)
+    least = listed - rest * top[:, -1]
+    many = max(vocabulary - K, 1)
+    most = listed + rest * (np.log(many) - np.log(np.maximum(rest, 1e-30)))
+    entropy, slack = values["entropy"], slack * np.log(vocabulary)
+    if ((entropy > most + slack) | (entropy < np.minimum(least, most) - slack)).any():
+        yield "entropy is not where the most probable tokens say"
