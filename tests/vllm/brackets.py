@@ -6,7 +6,7 @@ target's, it may stand on either side of it, and its whole probability goes with
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ class Brackets:
     near: np.ndarray
     logprob: np.ndarray
     entropy: np.ndarray
+
+    def rows(self, chosen: np.ndarray) -> "Brackets":
+        """Those of these positions (int [M])."""
+        return Brackets(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 def brackets(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> Brackets:

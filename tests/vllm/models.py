@@ -20,7 +20,7 @@ _SIZES = {
     "max_position_embeddings": CONTEXT,
     "bos_token_id": None,
     "eos_token_id": 0,
-    "initializer_range": 0.05,
+    "initializer_range": 0.2,
 }
 _KINDS = {"llama": tf.LlamaConfig, "qwen2": tf.Qwen2Config, "qwen3": tf.Qwen3Config}
 
@@ -28,8 +28,8 @@ _KINDS = {"llama": tf.LlamaConfig, "qwen2": tf.Qwen2Config, "qwen3": tf.Qwen3Con
 def make(folder: Path, kind: str, tied: bool, tokenizer: object = None, **sizes) -> str:
     """A random model of a kind with its tokenizer (or a small one); its folder.
 
-    The output projection is wide enough that some tokens are likely and some are not: entropy
-    lies at 2 to 4 nats, as a language model's does.
+    Its weights are spread so that some tokens are likely and most are not: entropy lies at about
+    3 nats where the vocabulary is small.
     """
     torch.manual_seed(0)
     options = {**_SIZES, **sizes, "tie_word_embeddings": tied}
