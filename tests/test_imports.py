@@ -83,7 +83,8 @@ LAYERS = {
     3: {"text.loader", "text.examples", "text.dataspec", "loss", "fused", "forward", "backends"}
     | {f"backends.{name}" for name in ("batches", "bodies", "prompts", "packing", "ways")}
     | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")}
-    | {f"backends.vllm{name}" for name in ("", "_engine", "_worker", "_selftest", "_bounds")},
+    | {f"backends.vllm_{n}" for n in ("bounds", "engine", "log", "options", "selftest", "worker")}
+    | {"backends.vllm"},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
     | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "dataset"}
@@ -184,7 +185,9 @@ REACH = {
     },
     "backends.vllm_worker": NUMBERS | {"backends", "identity", "store.versions"},
     "backends.vllm_bounds": NUMBERS | {"backends", "identity", "store.versions"},
-    "backends.vllm_engine": {"errors", "backends", "stats", "identity", "store.versions", "home"},
+    "backends.vllm_engine": NUMBERS
+    | {"backends", "backends.vllm_log", "identity", "store.versions"},
+    "backends.vllm_log": NUMBERS | {"backends", "identity", "store.versions"},
     "models": {"errors"},
     "placement": {"errors", "models"},
 }

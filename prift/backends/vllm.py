@@ -13,10 +13,9 @@ bfloat16 would tie most targets with other tokens. Prompts run over the vocabula
 positions are asked for, up to the last of them.
 """
 
-import json
+import functools
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,115 +26,25 @@ from prift.backends import BadLogits, TooLong
 from prift.backends import vllm_engine as engine
 from prift.backends.vllm_bounds import STATISTICS as WITHOUT_ENTROPY
 from prift.backends.vllm_bounds import known_stats
-from prift.backends.vllm_engine import EXTENSION, Engine
-from prift.backends.vllm_selftest import PUBLIC_K, fault, probe
+from prift.backends.vllm_engine import Engine
+from prift.backends.vllm_options import (
+    BOUNDS_K,
+    VLLMOptions,
+    engine_settings,
+    identify,
+    rounds_itself,
+)
+from prift.backends.vllm_selftest import install
 from prift.backends.vllm_worker import columns_for, unpack
 from prift.errors import ModelError, OptionError
-from prift.identity import (
-    PriorIdentity,
-    canonical_json,
-    config_digest,
-    quantization_of,
-    weights_digest,
-)
-from prift.models import (
-    checkpoint_dtype,
-    context_length,
-    turns_by_length,
-    vocabulary_size,
-    weight_files,
-)
+from prift.identity import PriorIdentity
+from prift.models import turns_by_length, vocabulary_size
 from prift.stats import CORE, NotADistribution, TokenStats
-from prift.store import versions
 
-BATCHED_TOKENS = 2048
-"""--max-num-batched-tokens by default: float32 logits of so many rows exist at once, and vLLM does
-not reckon with them when it shares out the memory (1.2 GiB at a vocabulary of 151,936)."""
-GPU_MEMORY = 0.85  # --gpu-memory-utilization by default: leaves room for those logits
-BOUNDS_K = 100  # most probable tokens asked for by default where bounds must do
+__all__ = ["VLLMOptions", "VLLMScorer", "check_installed", "identify", "load"]
 
 _STEPS = 32  # of the engine, in a call: its last is not full, and rows are safe once it is over
 _LISTED = 1 << 22  # numbers in the answers to a call
-
-_OURS = {
-    "model": "--model",
-    "tokenizer": "--tokenizer",
-    "skip_tokenizer_init": None,
-    "trust_remote_code": "--trust-remote-code",
-    "dtype": "--dtype",
-    "quantization": "--quantization",
-    "tensor_parallel_size": "--tensor-parallel-size",
-    "gpu_memory_utilization": "--gpu-memory-utilization",
-    "max_num_batched_tokens": "--max-num-batched-tokens",
-    "worker_extension_cls": None,
-    "hf_overrides": None,
-    "hf_config_path": None,
-    "revision": None,
-    "runner": None,
-    "convert": None,
-    "logprobs_mode": None,
-}
-"""Engine arguments that prift sets, and the option that does; None: there is none."""
-_NUMBERS = ("kv_cache_dtype", "calculate_kv_scales", "quantization_config", "model_impl")
-"""Engine arguments that change the numbers, so that they belong to the prior's identity."""
-
-
-@dataclass(frozen=True)
-class VLLMOptions:
-    """See `prift precompute --help`; None: vLLM's default, or ours above."""
-
-    mode: str = "auto"
-    tensor_parallel_size: int | None = None
-    gpu_memory_utilization: float | None = None
-    max_num_batched_tokens: int | None = None
-    quantization: str | None = None
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raises OptionError for an engine argument that is prift's."""
-        for name in self.engine_args:
-            plain = name.replace("-", "_")
-            if plain in _OURS:
-                option = _OURS[plain]
-                instead = f": use {option}" if option else ""
-                raise OptionError(f"--engine-arg {name} is set by prift itself{instead}")
-            if plain != name:
-                raise OptionError(f"--engine-arg {name}: vLLM calls it {plain}")
-        if self.engine_args.get("load_format") == "dummy":
-            raise OptionError("--engine-arg load_format=dummy would score a model without weights")
-
-
-def identify(
-    folder: Path, config: Any, options: VLLMOptions, *, dtype: str, logits_dtype: str
-) -> PriorIdentity:
-    """Identity of the prior in `folder` as this backend would run it; loads no weights, and needs
-    no vLLM. dtype may be 'auto' (the checkpoint's)."""
-    more = {n: options.engine_args[n] for n in _NUMBERS if n in options.engine_args}
-    if options.quantization:
-        more["quantization"] = options.quantization
-    stored = quantization_of(config)
-    if more:
-        both = {"checkpoint": json.loads(stored) if stored else None, "vllm": more}
-        stored = canonical_json(both)
-    return PriorIdentity(
-        weights=weights_digest(weight_files(folder)),
-        config=config_digest(config),
-        adapter=None,
-        dtype=checkpoint_dtype(folder, config) if dtype == "auto" else dtype,
-        logits_dtype=logits_dtype,
-        attention=_attention(options.engine_args),
-        quantization=stored,
-        backend="vllm",
-        stats_version=versions.STATS_VERSION,
-    )
-
-
-def _attention(arguments: Mapping[str, Any]) -> str:
-    """'vllm' where vLLM chooses by the machine, else what was asked for."""
-    asked = arguments.get("attention_backend")
-    if isinstance(config := arguments.get("attention_config"), dict):
-        asked = config.get("backend", asked)
-    return str(asked).lower() if asked else "vllm"
 
 
 def check_installed(options: VLLMOptions) -> tuple[int, int]:
@@ -173,19 +82,13 @@ def load(
     _check_numbers(folder, config, identity, found)
     settings = engine_settings(folder, config, identity, options, longest, trust_remote_code)
     exact = options.mode != "bounds" and found >= engine.SUPPORTED[0]
-    if exact:
-        settings["worker_extension_cls"] = EXTENSION
     if device and (options.tensor_parallel_size or 1) > 1:
         raise OptionError(
             f"this process was given {device} alone: --tensor-parallel-size spreads a model that "
             "one process has several GPUs for. Start one process for them"
         )
-    started = Engine(settings, device)
-    try:
-        return VLLMScorer(started, config, identity, options, found, exact, compiled, say)
-    except BaseException:
-        started.close()
-        raise
+    start = functools.partial(Engine, settings, device)
+    return VLLMScorer(start, config, identity, options, found, exact, compiled, say)
 
 
 def _check_numbers(
@@ -197,63 +100,28 @@ def _check_numbers(
             f"{folder}: its positions turn by angles that depend on how long a sequence is, and in "
             "vLLM on how long one may be, so its numbers would be others. Use --backend hf."
         )
-    kept = identity.dtype == identity.logits_dtype
-    if found < engine.SUPPORTED[0] and not kept:
+    if found < engine.SUPPORTED[0] and not rounds_itself(identity):
         raise OptionError(
             f"vLLM {engine.shown(found)} rounds logits to {identity.dtype} whatever is asked: take "
             f"{engine.shown(engine.SUPPORTED[0])} or later, or --dtype float32"
         )
 
 
-def engine_settings(
-    folder: Path,
-    config: Any,
-    identity: PriorIdentity,
-    options: VLLMOptions,
-    longest: int | None,
-    trust_remote_code: bool,
-) -> dict[str, Any]:
-    """Arguments of vllm.LLM."""
-    limits = [n for n in (longest, context_length(config.get_text_config())) if n]
-    settings: dict[str, Any] = {
-        "model": str(folder),
-        "skip_tokenizer_init": True,
-        "trust_remote_code": trust_remote_code,
-        "dtype": identity.dtype,
-        "seed": 0,
-        "tensor_parallel_size": options.tensor_parallel_size or 1,
-        "gpu_memory_utilization": options.gpu_memory_utilization or GPU_MEMORY,
-        "max_num_batched_tokens": options.max_num_batched_tokens or BATCHED_TOKENS,
-        "enable_prefix_caching": False,  # a prompt whose log-probabilities are asked for reads none
-        "max_logprobs": min(BOUNDS_K, vocabulary_size(config)),
-    }
-    if limits:
-        settings["max_model_len"] = min(limits) + 1  # it insists on room for a token more
-    if options.quantization:
-        settings["quantization"] = options.quantization
-    if identity.dtype != "float32" and not _rounds_itself(identity):
-        settings["hf_overrides"] = {"head_dtype": "float32"}
-    return settings | dict(options.engine_args)
-
-
-def _rounds_itself(identity: PriorIdentity) -> bool:
-    """Whether the model's own logits have the dtype that is asked for."""
-    return identity.dtype == identity.logits_dtype
-
-
 class VLLMScorer:
-    """A backends.Scorer over a started engine.
+    """A backends.Scorer over an engine.
 
+    start     starts one
     found     vLLM's version
-    exact     whether its workers have the extension
-    compiled  whether their sums over the vocabulary are compiled; None: on a GPU
+    exact     whether to try the exact way
+    compiled  whether the sums over the vocabulary are compiled; None: on a GPU
 
-    Raises ModelError where --vllm-mode exact is asked for and the self-test fails.
+    Raises ModelError where vLLM cannot run the model, and where --vllm-mode exact is asked for and
+    the self-test fails.
     """
 
     def __init__(
         self,
-        started: Engine,
+        start: Callable[[], Engine],
         config: Any,
         identity: PriorIdentity,
         options: VLLMOptions,
@@ -263,60 +131,43 @@ class VLLMScorer:
         say: Callable[[str], None],
     ):
         self.identity = identity
-        self._engine, self._say, self._options = started, say, options
-        self._vocabulary = vocabulary_size(config)
+        self._options, self._vocabulary = options, vocabulary_size(config)
         self._version = engine.shown(found)
         if found >= engine.SUPPORTED[1]:
             say(f"vLLM {self._version} is newer than what prift was tried with")
-        why, how = self._install(compiled) if exact else (None, "")
-        if why is not None and options.mode == "exact":
+        self._engine = start()
+        try:
+            why, how = install(self._engine, self._vocabulary, identity, compiled, exact)
+            self.exact = why is None
+            if self.exact:
+                say(f"vLLM {self._version}: statistics from its workers ({how})")
+                return
+            self._refuse_or_tell(why, say)
+            if not self._engine.alive:  # the exchanged function broke it
+                self._engine.close()
+                self._engine = start()
+        except BaseException:
+            self._engine.close()
+            raise
+
+    def _refuse_or_tell(self, why: str, say: Callable[[str], None]) -> None:
+        """Raises ModelError where bounds will not do."""
+        if self._options.mode == "exact":
             raise ModelError(
                 f"--vllm-mode exact does not work with vLLM {self._version}: {why}. "
                 "pip install 'prift[vllm]' takes a version that it works with; --vllm-mode bounds "
                 "does without (docs/backends.md)."
             )
-        self.exact = exact and why is None
-        if self.exact:
-            say(f"vLLM {self._version}: statistics from its workers ({how})")
-            return
-        reason = f": {why}" if why is not None else ""
+        if self.identity.logits_dtype == "bfloat16" and not rounds_itself(self.identity):
+            raise ModelError(
+                f"vLLM {self._version} gives no statistics from its workers: {why}. Without, "
+                "--logits-dtype bfloat16 needs --dtype bfloat16."
+            )
         say(
-            f"vLLM {self._version}: no statistics from its workers{reason}. Its {self._listed} "
+            f"vLLM {self._version}: no statistics from its workers: {why}. Its {self._listed} "
             "most probable tokens must do (--vllm-mode bounds): no entropy, and sequences with "
             "a token that they leave open are not stored"
         )
-        if identity.logits_dtype == "bfloat16" and not _rounds_itself(identity):
-            raise ModelError("--logits-dtype bfloat16 needs --vllm-mode exact, or --dtype bfloat16")
-
-    def _install(self, compiled: bool | None) -> tuple[str | None, str]:
-        """(why the exact way does not work, how it works). Where it does not, the workers are as
-        they were."""
-        rounded = self.identity.logits_dtype == "bfloat16"
-        answers = self._engine.call("prift_install", rounded, compiled)
-        told = sorted({words for _, words in answers})
-        why = None if all(done for done, _ in answers) else "; ".join(told)
-        if why is None:
-            why = self._self_test()
-        if why is not None:
-            self._engine.call("prift_remove")
-        return why, "; ".join(told)
-
-    def _self_test(self) -> str | None:
-        """Prompts one by one, so that both ways run them alike."""
-        K = min(PUBLIC_K, self._vocabulary)
-        for prompt in probe(self._vocabulary, self._engine.longest):
-            try:
-                (ours,) = self._engine.ask([prompt], columns_for(CORE))
-            except ModelError as error:
-                return str(error)
-            (public,) = self._engine.ask([prompt], K)
-            targets = np.array(prompt[1:])
-            rounded = {self.identity.dtype, self.identity.logits_dtype} - {"float32"}
-            dtype = "bfloat16" if rounded else "float32"
-            why = fault(ours, public, targets, self._vocabulary, dtype)
-            if why is not None:
-                return f"in the self-test {why}"
-        return None
 
     @property
     def _listed(self) -> int:

@@ -1,27 +1,25 @@
-"""One vLLM engine: which versions will do, how it is started, asked and ended, and what it died of.
+"""One vLLM engine: which versions will do, how it is started, asked and ended.
 
-vLLM runs the model in processes of its own, which write to the file descriptors that they were
-started with. Here those lead to a log, so that the terminal and a command's result stay clean; the
-log says why an engine would not start, or died, and is kept where it did.
+vLLM runs the model in processes of its own. What they write goes to a log (vllm_log.py).
 """
 
 import contextlib
 import importlib.metadata
-import logging
+import multiprocessing
 import os
+import queue
 import re
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prift.backends.vllm_log import Log
 from prift.errors import ModelError, OptionError, first_line
 
-EXTENSION = "prift.backends.vllm_worker.WorkerExtension"
 SUPPORTED = ((0, 28), (0, 34))
 """First version that is known to keep a float32 head and has both exchanged functions, and the
 first that is not known."""
@@ -34,32 +32,8 @@ _ENVIRONMENT = {
 }
 """While an engine starts; what the user has set stays."""
 
-_ADVICE = (
-    (
-        r"out of memory|OutOfMemory|can't allocate memory|Cannot allocate memory|bad_alloc",
-        "Lower --max-num-batched-tokens (logits take that many rows of the vocabulary) or "
-        "--gpu-memory-utilization, or raise --tensor-parallel-size",
-    ),
-    (
-        r"KV cache|cache blocks",
-        "Sequences of this length do not fit beside the model: say how long they are with "
-        "--max-length N or --engine-arg max_model_len=N, raise --gpu-memory-utilization or "
-        "--tensor-parallel-size",
-    ),
-    (
-        r"memory utilization|Free memory",
-        "Other programs hold that memory: lower --gpu-memory-utilization, or end them",
-    ),
-    (
-        r"unquantized lm_head",
-        "The output projection of this model is quantised: use --logits-dtype bfloat16",
-    ),
-    (
-        r"not supported for now|no vLLM implementation|architectures? .*not|Unrecognized model",
-        "vLLM does not know this model: use --backend hf",
-    ),
-    (r"unexpected keyword argument|extra_forbidden|Extra inputs", "Check --engine-arg"),
-)
+_LOOK_SECONDS = 0.2  # between two looks whether vLLM's processes live
+_LAST_WORDS_SECONDS = 2.0  # for vLLM to say itself that one does not
 
 
 def version() -> tuple[int, int]:
@@ -99,24 +73,26 @@ class Engine:
     """
 
     def __init__(self, settings: dict[str, Any], device: str | None = None):
-        handle, name = tempfile.mkstemp(prefix="prift-vllm-", suffix=".log")
-        os.close(handle)
-        self.log = Path(name)
+        before = set(multiprocessing.active_children())
+        self._log = Log()
         self._llm: Any = None
         environment = {**_ENVIRONMENT, **own_gpu(device, os.environ)}
         try:
-            with _defaults(environment), _output_to(self.log):
+            with _defaults(environment), self._log.taking_output():
                 from vllm import LLM
 
-                _log_to(self.log)
+                self._log.take_logger()
                 try:
                     self._llm = LLM(**settings)
                 finally:
-                    _log_to(self.log)  # again, since it sets its logging up anew
+                    self._log.take_logger()  # again, since it sets its logging up anew
         except Exception as error:
-            raise self._dead(error, "vLLM does not start") from error
-        except BaseException:  # an interrupt, which has reached its processes or ends them with us
-            self.log.unlink(missing_ok=True)
+            raise ModelError(f"vLLM does not start: {self._log.reason(error)}") from error
+        self._processes = set(multiprocessing.active_children()) - before
+        try:
+            self.call("prift_watch", socket.gethostname(), os.getpid())
+        except BaseException:
+            self.close()
             raise
 
     @property
@@ -129,6 +105,11 @@ class Engine:
         """Tokens that one step takes, at most."""
         return self._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
 
+    @property
+    def alive(self) -> bool:
+        """Whether all of its processes are."""
+        return all(process.is_alive() for process in self._processes)
+
     def ask(self, prompts: Sequence[list[int]], K: int) -> list[tuple[np.ndarray, ...]]:
         """For each prompt of n tokens what vLLM says of its tokens 1, 2, ... n-1: (token ids
         [n-1, K+1], columns float64 [n-1, K+1], ranks [n-1]). Raises ModelError where vLLM dies."""
@@ -137,44 +118,52 @@ class Engine:
         params = SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=K, flat_logprobs=True, detokenize=False
         )
-        try:
-            answers = self._llm.generate(
-                [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
-            )
-            return [
-                _flat(answer.prompt_logprobs, len(prompt) - 1, K)
-                for prompt, answer in zip(prompts, answers, strict=True)
-            ]
-        except Exception as error:
-            raise self._dead(error, "vLLM gave up", "What was scored is kept; once that is "
-                             "mended, run the same command again.") from error  # fmt: skip
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        answers = self._beside(lambda: self._llm.generate(asked, params, use_tqdm=False))
+        return [
+            _flat(answer.prompt_logprobs, len(prompt) - 1, K)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """The answers of all workers to a method of `vllm_worker.WorkerExtension`."""
-        try:
-            return self._llm.collective_rpc(method, args=args)
-        except Exception as error:
-            raise self._dead(error, "vLLM's workers do not answer") from error
+        """The answers of all workers to a method of `vllm_worker.WorkerExtension`. Raises
+        ModelError."""
+        return self._beside(lambda: self._llm.collective_rpc(method, args=args))
+
+    def _beside(self, work: Callable[[], Any]) -> Any:
+        """What `work` answers, in a thread of its own: vLLM waits for good for a process that was
+        killed. Raises ModelError."""
+        done: queue.SimpleQueue = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                done.put((work(), None))
+            except BaseException as error:
+                done.put((None, error))
+
+        threading.Thread(target=run, name="prift-vllm", daemon=True).start()
+        alive, answer = True, None
+        while answer is None and alive:
+            alive = self.alive
+            try:
+                answer = done.get(timeout=_LOOK_SECONDS if alive else _LAST_WORDS_SECONDS)
+            except queue.Empty:
+                pass
+        answer, error = answer or (None, RuntimeError("root cause: a process ended"))
+        if error is not None:
+            raise ModelError(
+                f"vLLM gave up: {self._log.reason(error)} What was scored is kept; once that is "
+                "mended, run the same command again."
+            ) from error
+        return answer
 
     def close(self) -> None:
-        """Ends vLLM's processes. The log goes, unless it is needed to see what happened."""
+        """Ends vLLM's processes."""
         llm, self._llm = self._llm, None
         if llm is None:
             return
         with contextlib.suppress(Exception):  # it may be dead already
             llm.llm_engine.engine_core.shutdown()
-        del llm
-        if not self._died:
-            self.log.unlink(missing_ok=True)
-
-    _died = False
-
-    def _dead(self, error: Exception, what: str, then: str = "") -> ModelError:
-        self._died = True
-        why = cause(self.log.read_text(errors="replace"), error)
-        advice = next((text for words, text in _ADVICE if re.search(words, why)), None)
-        parts = [f"{what}: {why.rstrip('.')}.", f"{advice}." if advice else "", then]
-        return ModelError(" ".join([p for p in parts if p] + [f"(vLLM's log: {self.log})"]))
 
 
 def own_gpu(device: str | None, environment: Any) -> dict[str, str]:
@@ -184,29 +173,6 @@ def own_gpu(device: str | None, environment: Any) -> dict[str, str]:
         return {}
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(index[1])] if visible else index[1]}
-
-
-def cause(log: str, error: Exception) -> str:
-    """What an engine died of: the last error in its log that does not only point at another, else
-    that which was raised here."""
-    found = []
-    for line in log.splitlines():
-        line = re.sub(r"^(\([^)]*\)\s*)*([A-Z]+ [\d-]+ [\d:.]+ \[[^\]]*\] ?)?", "", line).strip()
-        named = re.match(r"([A-Za-z_][\w.]*(?:Error|Exception))(?:: (.+))?$", line)
-        if named and not re.search(_POINTING, line):
-            found.append((named[2] or named[1]) if named[1] in _PLAIN else line)
-        elif re.search(r"died unexpectedly|EngineCore.* died|Segmentation fault", line):
-            found.append("a process of its engine was killed")
-    own = " ".join(str(error).split())  # of a validation, several lines
-    if own and not re.search(_POINTING, own):
-        return own
-    return found[-1] if found else "a process of its engine ended, and said nothing"
-
-
-_POINTING = re.compile(
-    "root cause|EngineDeadError|initialization failed|Engine core proc|stack trace"
-)
-_PLAIN = ("ValueError", "RuntimeError", "Exception")
 
 
 @contextmanager
@@ -224,42 +190,6 @@ def _defaults(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _output_to(log: Path) -> Iterator[None]:
-    """Processes started inside write to the log for as long as they live. What this one says on
-    sys.stderr goes where it went."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    python = sys.stderr
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    try:
-        with contextlib.suppress(OSError, ValueError):  # not a file: a test's, a notebook's
-            if python.fileno() == 2:
-                sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        yield
-    finally:
-        sys.stdout.flush()
-        for target, saved in enumerate(kept, start=1):
-            os.dup2(saved, target)
-            os.close(saved)
-        os.close(file)
-        if sys.stderr is not python:
-            sys.stderr.close()
-            sys.stderr = python
-
-
-def _log_to(log: Path) -> None:
-    """vLLM's own lines of this process."""
-    logger = logging.getLogger("vllm")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    logger.addHandler(logging.FileHandler(log))
-    logger.propagate = False
 
 
 def _flat(answer: Any, rows: int, K: int) -> tuple[np.ndarray, ...]:

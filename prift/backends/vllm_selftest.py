@@ -8,7 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from prift.backends.vllm_engine import Engine
 from prift.backends.vllm_worker import COLUMNS, columns_for
+from prift.errors import ModelError
+from prift.identity import PriorIdentity
 from prift.stats import CORE
 from prift.store import invariants
 
@@ -23,6 +26,38 @@ def probe(vocabulary: int, most: int) -> list[list[int]]:
     """Two prompts of tokens from all over the vocabulary, of at most `most` tokens."""
     ids = np.linspace(0, vocabulary - 1, max(2, min(24, most))).astype(int).tolist()
     return [ids, ids[::-1]]
+
+
+def install(
+    engine: Engine, vocabulary: int, identity: PriorIdentity, compiled: bool | None, wanted: bool
+) -> tuple[str | None, str]:
+    """Has the workers compute statistics: (why that does not work, how it works). Where it does
+    not, the workers are as they were, or dead.
+
+    wanted  False: nothing is exchanged
+
+    Raises ModelError where the model does not run at all.
+    """
+    prompts = probe(vocabulary, engine.longest)
+    K = min(PUBLIC_K, vocabulary)
+    # One by one, so that both ways run them alike.
+    public = [engine.ask([prompt], K)[0] for prompt in prompts]
+    if not wanted:
+        return "not asked for", ""
+    answers = engine.call("prift_install", identity.logits_dtype == "bfloat16", compiled)
+    told = "; ".join(sorted({words for _, words in answers}))
+    why = None if all(done for done, _ in answers) else told
+    dtype = "bfloat16" if {identity.dtype, identity.logits_dtype} != {"float32"} else "float32"
+    for prompt, own in zip(prompts, public, strict=True):
+        if why is None:
+            try:
+                (ours,) = engine.ask([prompt], columns_for(CORE))
+                why = fault(ours, own, np.array(prompt[1:]), vocabulary, dtype)
+            except ModelError as error:
+                why = str(error)
+    if why is not None and engine.alive:
+        engine.call("prift_remove")
+    return (f"in the self-test {why}" if why and why != told else why), told
 
 
 def fault(

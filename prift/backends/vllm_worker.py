@@ -16,6 +16,11 @@ A worker imports this module by name. It knows torch, the statistics and nothing
 is installed.
 """
 
+import os
+import signal
+import socket
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +33,7 @@ from prift.stats import CORE, EXTENDED, TokenStats, tile_sums, token_stats
 COLUMNS = ("logprob", "log_mass_rank", "n_tie", "entropy", *EXTENDED)
 """Statistics by column; `rank` has a place of its own."""
 
+_LOOK_SECONDS = 2.0
 _CORE_K = 3
 _ALL_K = len(COLUMNS) - 1
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}
@@ -158,11 +164,37 @@ class WorkerExtension:
         self._prift_put_back = lambda: setattr(module, name, own)
         return True, f"V2 runner{told}"
 
+    def prift_watch(self, host: str, owner: int) -> None:
+        """Ends this worker, and the process that started it, once the process `owner` is gone:
+        vLLM would go on for ever, and keep a GPU's memory."""
+        if host != socket.gethostname():
+            return
+        mother = os.getppid()
+
+        def watch() -> None:
+            while _lives(owner):
+                time.sleep(_LOOK_SECONDS)
+            if mother != owner and os.getppid() == mother:
+                os.kill(mother, signal.SIGKILL)  # it would wait for an answer
+            os._exit(1)
+
+        threading.Thread(target=watch, name="prift-watch", daemon=True).start()
+
     def prift_remove(self) -> None:
         """The worker as it was."""
         put_back = self.__dict__.pop("_prift_put_back", None)
         if put_back is not None:
             put_back()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _unchanged(logits: Tensor) -> Tensor:
