@@ -37,7 +37,8 @@ _OPTIONS = [
         "--gpu-memory-utilization",
         type=click.FloatRange(min=0, max=1, min_open=True),
         metavar="SHARE",
-        help="Share of a GPU's memory that vLLM takes.  [default: 0.85]",
+        help="Share of a GPU's memory that vLLM takes.  [default: 0.85; 0.4 of the "
+        "machine's memory where there is no GPU]",
     ),
     click.option(
         "--max-num-batched-tokens",

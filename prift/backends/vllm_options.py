@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prift.errors import OptionError
 from prift.identity import (
     PriorIdentity,
@@ -22,7 +24,9 @@ EXTENSION = "prift.backends.vllm_worker.WorkerExtension"
 BATCHED_TOKENS = 2048
 """--max-num-batched-tokens by default: float32 logits of so many rows exist at once, and vLLM does
 not reckon with them when it shares out the memory (1.2 GiB at a vocabulary of 151,936)."""
-GPU_MEMORY = 0.85  # --gpu-memory-utilization by default: leaves room for those logits
+MEMORY = {True: 0.85, False: 0.4}
+"""--gpu-memory-utilization by default, with and without an accelerator: leaves room for those
+logits; without one, vLLM wants that share of the machine's memory to be free."""
 BOUNDS_K = 100  # most probable tokens asked for by default where bounds must do
 
 _OURS = {
@@ -124,7 +128,8 @@ def engine_settings(
         "seed": 0,
         "worker_extension_cls": EXTENSION,
         "tensor_parallel_size": options.tensor_parallel_size or 1,
-        "gpu_memory_utilization": options.gpu_memory_utilization or GPU_MEMORY,
+        "gpu_memory_utilization": options.gpu_memory_utilization
+        or MEMORY[torch.accelerator.is_available()],
         "max_num_batched_tokens": options.max_num_batched_tokens or BATCHED_TOKENS,
         "enable_prefix_caching": False,  # a prompt whose log-probabilities are asked for reads none
         "max_logprobs": min(BOUNDS_K, vocabulary_size(config)),
