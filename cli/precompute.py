@@ -134,7 +134,7 @@ def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
     spec = data_spec(options)
     model, cache = options.pop("model"), options.pop("cache")
     options["compiled"] = options.pop("compile")
-    options["engine_args"] = engine_arguments(options["engine_args"])
+    options["engine_args"] = engine_arguments(options.pop("engine_arg"))
     del options["config"], options["debug"]
     alone = options["engine"] == "ray" and options["shard"] is None  # Ray shares out the work
     shard, device = (None, None) if alone else choose_shard(options["shard"])

@@ -54,7 +54,6 @@ _OPTIONS = [
     ),
     click.option(
         "--engine-arg",
-        "engine_args",
         multiple=True,
         metavar="NAME=VALUE",
         help="Any other argument of vLLM's engine, its value as JSON or text. Repeatable.",
