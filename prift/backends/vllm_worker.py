@@ -36,8 +36,9 @@ COLUMNS = ("logprob", "log_mass_rank", "n_tie", "entropy", *EXTENDED)
 _LOOK_SECONDS = 2.0
 _CORE_K = 3
 _ALL_K = len(COLUMNS) - 1
-_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Logits handled at once, of which there are a few copies in float32: a core's cache; 256 MiB."""
+_BLOCK = 1 << 26
+"""Logits handled at once on a GPU, of which there are a few copies in float32 of 256 MiB each. On a
+CPU `stats.token_stats` keeps blocks in its cache."""
 
 
 def columns_for(names: Sequence[str]) -> int:
@@ -67,7 +68,7 @@ def pack(
     if rounded:
         logits_NV = logits_NV.bfloat16()
     names = CORE if K == _CORE_K else CORE + EXTENDED
-    rows = max(1, _BLOCK.get(logits_NV.device.type, 1 << 24) // logits_NV.shape[1])
+    rows = None if logits_NV.device.type == "cpu" else max(1, _BLOCK // logits_NV.shape[1])
     targets_N = targets_N.long()
     stats = token_stats(logits_NV, targets_N, names, block_rows=rows, sums=sums)
     columns_NK = torch.stack([getattr(stats, name).float() for name in COLUMNS[: K + 1]], 1)
