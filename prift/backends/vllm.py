@@ -142,6 +142,9 @@ class VLLMScorer:
             if self.exact:
                 say(f"vLLM {self._version}: statistics from its workers ({how})")
                 return
+            if not exact:
+                old = f"it is older than {engine.shown(engine.SUPPORTED[0])}"
+                why = "as asked" if options.mode == "bounds" else old
             self._refuse_or_tell(why, say)
             if not self._engine.alive:  # the exchanged function broke it
                 self._engine.close()
