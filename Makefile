@@ -59,13 +59,17 @@ bench-cache: $(VENV)/.installed  ## a cache of a million sequences: bytes, and t
 	@$(BIN)/python -m benchmarks.cache --json bench-cache.json
 
 # On a CUDA machine whose own python has torch, transformers, accelerate, pyarrow, rich,
-# click, pytest and hypothesis.
+# click, pytest and hypothesis; and vllm and psutil, for the last lines.
 bench-gpu:  ## the tests of the CUDA paths, then stages 1 and 2 on random-weight 1.5B and 7B models
 	$(PYTHON) -m pytest -q -m 'not slow' tests/test_stats.py tests/test_fold.py \
 	  tests/test_packing.py tests/test_prompts.py tests/test_hf.py tests/test_products.py \
 	  tests/test_fused.py
 	$(PYTHON) -m benchmarks.gpu --json bench-gpu.json
 	$(PYTHON) -m benchmarks.gpu_train --json bench-gpu-train.json
+	! $(PYTHON) -c 'import vllm' || $(PYTHON) -m pytest -q tests/vllm/test_smallest.py \
+	  tests/vllm/test_parity.py tests/vllm/test_v2_runner.py tests/vllm/test_command.py
+	! $(PYTHON) -c 'import vllm' || $(PYTHON) -m benchmarks.vllm --rows 2000 --memory-rows 0 \
+	  --json bench-gpu-vllm.json
 
 # What only `make bench-train` compares with.
 $(VENV)/.installed-bench: $(VENV)/.installed

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers as tf
 
 from prift.backends import Scorer, TooLong
@@ -102,6 +103,9 @@ CONFIGURATIONS = {
 @pytest.fixture(scope="module", params=list(CONFIGURATIONS))
 def prior(request, tmp_path_factory):
     chosen = CONFIGURATIONS[request.param]
+    ranks = chosen.options.get("tensor_parallel_size", 1)
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} ranks need as many GPUs")
     folder, original, sequences = chosen.make(
         tmp_path_factory.mktemp("model"), lambda: request.getfixturevalue("real_inputs")
     )
