@@ -183,10 +183,10 @@ REACH = {
         | {"models", "packing"}
         for n in ("prompts", "packing")
     },
-    "backends.vllm_worker": NUMBERS | {"backends", "identity", "store.versions"},
+    "backends.vllm_worker": NUMBERS | {"backends", "identity", "store.versions", "store.process"},
     "backends.vllm_bounds": NUMBERS | {"backends", "identity", "store.versions"},
     "backends.vllm_engine": NUMBERS
-    | {"backends", "backends.vllm_log", "identity", "store.versions"},
+    | {"backends", "backends.vllm_log", "identity", "store.versions", "store.process"},
     "backends.vllm_log": NUMBERS | {"backends", "identity", "store.versions"},
     "models": {"errors"},
     "placement": {"errors", "models"},

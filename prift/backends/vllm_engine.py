@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import queue
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import numpy as np
 
 from prift.backends.vllm_log import Log
 from prift.errors import ModelError, OptionError, first_line
+from prift.store.process import signature
 
 SUPPORTED = ((0, 28), (0, 34))
 """First version that is known to keep a float32 head and has both exchanged functions, and the
@@ -90,7 +90,7 @@ class Engine:
             raise ModelError(f"vLLM does not start: {self._log.reason(error)}") from error
         self._processes = set(multiprocessing.active_children()) - before
         try:
-            self.call("prift_watch", socket.gethostname(), os.getpid())
+            self.call("prift_watch", signature())
         except BaseException:
             self.close()
             raise

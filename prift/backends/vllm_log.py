@@ -15,7 +15,8 @@ from contextlib import contextmanager
 
 _ADVICE = (
     (
-        r"out of memory|OutOfMemory|can't allocate memory|Cannot allocate memory|bad_alloc",
+        r"out of memory|OutOfMemory|can't allocate memory|Cannot allocate memory|bad_alloc"
+        r"|could not create a (primitive|memory)",
         "Lower --max-num-batched-tokens (logits take that many rows of the vocabulary) or "
         "--gpu-memory-utilization, or raise --tensor-parallel-size",
     ),

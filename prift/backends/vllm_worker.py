@@ -18,7 +18,6 @@ is installed.
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from prift.stats import CORE, EXTENDED, TokenStats, tile_sums, token_stats
+from prift.store.process import alive
 
 COLUMNS = ("logprob", "log_mass_rank", "n_tie", "entropy", *EXTENDED)
 """Statistics by column; `rank` has a place of its own."""
@@ -165,17 +165,17 @@ class WorkerExtension:
         self._prift_put_back = lambda: setattr(module, name, own)
         return True, f"V2 runner{told}"
 
-    def prift_watch(self, host: str, owner: int) -> None:
-        """Ends this worker, and the process that started it, once the process `owner` is gone:
-        vLLM would go on for ever, and keep a GPU's memory."""
-        if host != socket.gethostname():
+    def prift_watch(self, owner: str) -> None:
+        """Ends this worker, and the process that started it, once the process of this signature
+        (prift.store.process) is gone: vLLM would go on for ever, and keep a GPU's memory."""
+        if alive(owner) is None:  # of another machine
             return
         mother = os.getppid()
 
         def watch() -> None:
-            while _lives(owner):
+            while alive(owner):
                 time.sleep(_LOOK_SECONDS)
-            if mother != owner and os.getppid() == mother:
+            if os.getppid() == mother:
                 os.kill(mother, signal.SIGKILL)  # it would wait for an answer
             os._exit(1)
 
@@ -186,16 +186,6 @@ class WorkerExtension:
         put_back = self.__dict__.pop("_prift_put_back", None)
         if put_back is not None:
             put_back()
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _unchanged(logits: Tensor) -> Tensor:
