@@ -52,7 +52,7 @@ class Stage:
         self._given = (str(folder), vocabulary, dtype, rows)
         self._folder, model, data = folder, folder / "model", folder / "data.jsonl"
         if not model.exists():
-            _make(model, data, vocabulary, dtype, rows)
+            make(model, data, vocabulary, dtype, rows)
         self._model, self._data = str(model), str(data)
         config = tf.AutoConfig.from_pretrained(model)
         identity = hf.identify(model, config, dtype=dtype, logits_dtype="float32", attention="auto")
@@ -120,7 +120,7 @@ def on_the_same_batches(
             reference(variant, hidden, head.weight, targets, block)
 
 
-def _make(model: Path, data: Path, vocabulary: int, dtype: str, rows: int) -> None:
+def make(model: Path, data: Path, vocabulary: int, dtype: str, rows: int) -> None:
     torch.manual_seed(0)
     config = tf.Qwen2Config(vocab_size=vocabulary, **SHAPE)
     tf.Qwen2ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(model)

@@ -6,6 +6,7 @@ import click
 
 from .command import Command, common, quiet, say
 from .options import attention, data_options, data_spec, dtype_choice, json_option
+from .vllm import engine_arguments, vllm_options
 
 
 @click.command(cls=Command)
@@ -84,6 +85,7 @@ from .options import attention, data_options, data_spec, dtype_choice, json_opti
     "(docs/cache.md#many-at-once).  [default: from RANK and WORLD_SIZE (torchrun) or SLURM_PROCID "
     "and SLURM_NTASKS (srun); else everything]",
 )
+@vllm_options
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
@@ -132,6 +134,7 @@ def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
     spec = data_spec(options)
     model, cache = options.pop("model"), options.pop("cache")
     options["compiled"] = options.pop("compile")
+    options["engine_args"] = engine_arguments(options.pop("engine_arg"))
     del options["config"], options["debug"]
     alone = options["engine"] == "ray" and options["shard"] is None  # Ray shares out the work
     shard, device = (None, None) if alone else choose_shard(options["shard"])

@@ -5,6 +5,7 @@ for, and what each prior of the cache has instead.
 """
 
 import contextlib
+import json
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
@@ -167,11 +168,26 @@ def command_for(
     own = options.prior is None
     if not own or identity.dtype != checkpoint_dtype(folder, config):
         more += ["--dtype", identity.dtype]
-    if not own or identity.attention != attention_for(config):
+    if identity.backend == "vllm":
+        more += ["--backend", "vllm", *_asked_of_vllm(identity)]
+    elif not own or identity.attention != attention_for(config):
         more += ["--attention", identity.attention]
     if identity.logits_dtype != "float32":
         more += ["--logits-dtype", identity.logits_dtype]
     return f"{words} {shlex.join(more)}".rstrip()
+
+
+def _asked_of_vllm(identity: PriorIdentity) -> list[str]:
+    """The options that have vLLM quantise as it did for this prior, and attend."""
+    stored = json.loads(identity.quantization or "{}").get("vllm", {})
+    words = [] if identity.attention == "vllm" else ["--engine-arg"]
+    words += [f"attention_backend={identity.attention.upper()}"] * len(words)
+    for name, value in sorted(stored.items()):
+        if name == "quantization":
+            words += ["--quantization", value]
+        else:
+            words += ["--engine-arg", f"{name}={json.dumps(value)}"]
+    return words
 
 
 def statistics_option(names: Collection[str]) -> list[str]:

@@ -86,8 +86,9 @@ def too_large(needed: int, free: Sequence[int], what: str) -> str:
     return (
         f"{what} needs {needed / _GIB:.1f} GiB for its weights and {WORKING_BYTES / _GIB:.0f} GiB "
         f"on each GPU to work in; free: {sizes} GiB on {len(free)} GPU(s). Free some, or use more "
-        "or larger GPUs of one machine: layers are spread over them. prift has no backend with "
-        "tensor parallelism (vLLM). CUDA_VISIBLE_DEVICES= runs it on the CPU, slowly."
+        "or larger GPUs of one machine: layers are spread over them; --backend vllm "
+        "--tensor-parallel-size N spreads each layer. CUDA_VISIBLE_DEVICES= runs it on the CPU, "
+        "slowly."
     )
 
 

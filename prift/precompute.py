@@ -10,13 +10,21 @@ cache has of it, and another thread writes, so the device waits for neither.
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 
 from prift.backends import Scorer
 from prift.background import Consumer, Prefetch
 from prift.cache import PriorCache
-from prift.engines import PrecomputeOptions, identify, load_scorer, suited_rows
+from prift.engines import (
+    PrecomputeOptions,
+    check_options,
+    identify,
+    load_scorer,
+    statistics_of,
+    suited_rows,
+)
 from prift.errors import CacheError
 from prift.identity import PriorIdentity
 from prift.models import load_config, locate, weight_files
@@ -25,7 +33,6 @@ from prift.progress import progress
 from prift.provenance import provenance
 from prift.scoring import Storing, score_plan
 from prift.shards import Shard
-from prift.stats import STATISTICS
 from prift.store.claims import Claims
 from prift.store.newfile import remove_stale
 from prift.store.remote import open_root
@@ -45,7 +52,8 @@ class Precomputed:
     """What a run did. sequences are distinct; `scored` of them were not in the cache before, nor
     scored by others meanwhile.
 
-    shard  'i/n', of which alone these are counts; examples are of the whole data. None: all
+    shard     'i/n', of which alone these are counts; examples are of the whole data. None: all
+    left_out  sequences that the backend could not score exactly, and that stay missing
     """
 
     prior: str
@@ -57,6 +65,7 @@ class Precomputed:
     statistics_tokens: int
     seconds: float
     shard: str | None = None
+    left_out: int = 0
 
 
 def precompute(
@@ -68,9 +77,10 @@ def precompute(
 ) -> Precomputed:
     """Stores the statistics of every example's tokens under the prior `model`.
 
-    Raises DataError, ModelError, CacheError; rows scored before the error are kept.
+    Raises OptionError, DataError, ModelError, CacheError; rows scored before the error are kept.
     """
     options = options or PrecomputeOptions()
+    check_options(options)
     folder = locate(model, trust_remote_code=options.trust_remote_code)
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
@@ -89,7 +99,7 @@ def precompute(
         root = open_root(cache_root)
         _check_identity(root, identity)
         cache = PriorCache(root, identity, keys_only=True)
-        planner = Planner(cache, options.positions, STATISTICS[options.statistics])
+        planner = Planner(cache, options.positions, statistics_of(options))
         plans = ahead.start(map(planner.plan, windows))
         del windows  # the thread's now
         shard = options.shard
@@ -98,12 +108,18 @@ def precompute(
         turns = Turns(cache, claims, planner.names, lambda: read(lambda amount: None), say)
 
         def load() -> tuple[Scorer, dict[str, str]]:
-            scorer = load_scorer(model, folder, config, identity, options, say)
+            longest = spec.text.max_length
+            scorer = load_scorer(model, folder, config, identity, options, say, longest)
             how = {"positions": options.positions, "batch_tokens": options.batch_tokens}
             return scorer, provenance(model, folder, tokenizer, spec, scorer.device_name, how)
 
         started = time.monotonic()
         _work(plans, turns, planner, load, options, say)
+        if turns.left_out:
+            say(
+                f"{turns.left_out:,} of {turns.left_out + turns.scored:,} sequences were not "
+                "stored: they have a token about which the most probable ones do not say enough"
+            )
         return Precomputed(
             prior=identity.id,
             folder=str(cache.folder),
@@ -114,6 +130,7 @@ def precompute(
             statistics_tokens=turns.statistics_tokens,
             seconds=time.monotonic() - started,
             shard=str(shard) if shard else None,
+            left_out=turns.left_out,
         )
 
 
@@ -146,6 +163,7 @@ def _work(
             remove_stale(cache.root.parts_folder(cache.identity.id))
             turns.own = writer.published
             with (
+                closing(scorer),
                 writer,
                 Consumer(Storing(writer, turns.claims).handle, _UNWRITTEN) as rows,
                 progress(
@@ -153,7 +171,8 @@ def _work(
                 ) as advance,
             ):
                 while plan is not None:
-                    score_plan(scorer, plan, planner.names, rows.put, advance)
+                    left = score_plan(scorer, plan, planner.names, rows.put, advance)
+                    turns.leave(plan, left)
                     rows.put(plan.name)
                     plan = next(plans, None)
     except KeyboardInterrupt:

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prift.backends import BadLogits, Scorer, TooLarge
+import numpy as np
+
+from prift.backends import BadLogits, Scorer, TooLarge, TooLong
 from prift.errors import ModelError
 from prift.plan import Plan
 from prift.store import spans
@@ -40,23 +42,26 @@ def score_plan(
     names: Sequence[str],
     put: Callable[[tuple], None],
     advance: Callable[[int], None],
-) -> None:
+) -> np.ndarray:
     """Scores the plan's rows and puts each where it is stored: CacheWriter.add's arguments.
 
     advance  called with the tokens of each sequence
 
+    Returns the rows, of those to be scored, that the backend cannot score exactly and left out.
     Raises ModelError, naming the example, for logits that are no distribution and for a sequence
-    that memory does not hold.
+    that memory, or the backend, does not hold.
     """
     examples, todo = plan.examples, plan.todo
     size = len(todo.keys)
     sequences = _Lazy(size, lambda i: examples[int(todo.index[i])].input_ids)
     positions = _Lazy(size, lambda i: spans.positions_of(todo.spans[i]))
+    left = np.ones(size, bool)
     try:
         for i, stats in scorer.score(sequences, positions, names):
             values = {n: getattr(stats, n).numpy() for n in stats.names()}
             length = len(sequences[i])
             put((bytes(todo.keys[i]), length, todo.spans[i], values))
+            left[i] = False
             advance(length)
     except BadLogits as error:
         raise ModelError(
@@ -70,6 +75,14 @@ def score_plan(
             f"{len(sequences[error.index]):,} tokens does not fit into memory even alone. Cut it "
             "with --max-length."
         ) from error
+    except TooLong as error:
+        raise ModelError(
+            f"{examples.where(todo.index[error.index])}: a sequence of "
+            f"{len(sequences[error.index]):,} tokens is longer than the {error.most:,} that vLLM "
+            f"was started for. Cut it with --max-length {error.most}, or take more with "
+            "--engine-arg max_model_len=N (one more than the longest has)."
+        ) from error
+    return np.flatnonzero(left)
 
 
 class _Lazy(Sequence):

@@ -25,7 +25,8 @@ class Turns:
     own    names of parts that this process wrote: not looked at
 
     scored, scored_tokens, statistics_tokens   of the plans taken so far, as Planner counts them
-    left_tokens                                in what others were found to score
+    left_tokens                                in what others were found to score, or left out
+    left_out                                   sequences that the backend could not score exactly
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Turns:
         self._deferred: dict[int, _Deferred] = {}
         self.own: set[str] = set()
         self.scored = self.scored_tokens = self.statistics_tokens = self.left_tokens = 0
+        self.left_out = 0
 
     def take(self, plans: Iterable[Plan]) -> Iterator[Plan]:
         """Of each plan what is to be scored here: nothing that the cache has by then. Its `name`
@@ -89,6 +91,17 @@ class Turns:
         self.scored_tokens += some.tokens
         self.statistics_tokens += some.todo.num_positions
         yield some
+
+    def leave(self, plan: Plan, rows: np.ndarray) -> None:
+        """Of a plan that was taken, these rows were not scored after all."""
+        if not len(rows):
+            return
+        some = plan.subset(rows)
+        self.left_out += len(rows)
+        self.left_tokens += some.tokens
+        self.scored -= int(some.fresh.sum())
+        self.scored_tokens -= some.tokens
+        self.statistics_tokens -= some.todo.num_positions
 
     def _missing(self, todo: Request) -> np.ndarray:
         return np.array(self.cache.missing(todo.keys, todo.spans, self._names), np.int64)

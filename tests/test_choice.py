@@ -1,6 +1,7 @@
 """Which prior of a cache answers: the one asked for, or an error that shows both sides."""
 
 import json
+import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,15 +10,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from prift.backends.vllm_options import VLLMOptions, identify
 from prift.cache import PriorCache, sequence_key
 from prift.choice import Asked, choose_prior, command_for, open_prior
 from prift.errors import CacheError, ModelError
 from prift.identity import PriorIdentity, canonical_json
+from prift.models import load_config
 from prift.store import versions
 from prift.store.writer import CacheWriter
 from prift.text.dataspec import DataSpec
+from prift_cli.precompute import precompute
+from prift_cli.vllm import engine_arguments
 from tests import cache_fixtures as fx
 from tests.cache_fixtures import IDENTITY, OTHER, runs
+from tests.cli_fixtures import make_model
 
 RUN = "prift precompute ..."
 
@@ -213,6 +219,25 @@ def test_the_command_to_run_repeats_no_credentials():
     assert (
         command == "prift precompute --model m --data d.jsonl --cache 's3://team/cache?region=eu'"
     )
+
+
+def test_the_command_that_adds_to_a_prior_of_vllm_asks_vllm_for_the_same(tmp_path):
+    folder = Path(make_model(tmp_path / "m"))
+    config = load_config(folder)
+    asked = VLLMOptions(
+        quantization="fp8",
+        engine_args={"kv_cache_dtype": "fp8", "attention_backend": "FLASHINFER"},
+    )
+    identity = identify(folder, config, asked, dtype="bfloat16", logits_dtype="bfloat16")
+    options = SimpleNamespace(model=str(folder), prior=None, cache="c")
+    words = shlex.split(command_for(options, DataSpec(data=("d.jsonl",)), identity, folder, config))
+    given = precompute.make_context("precompute", words[2:]).params
+    again = VLLMOptions(
+        quantization=given["quantization"], engine_args=engine_arguments(given["engine_arg"])
+    )
+    how = {name: given[name] for name in ("dtype", "logits_dtype")}
+    assert given["backend"] == "vllm"
+    assert identify(folder, config, again, **how) == identity
 
 
 def test_a_malformed_prior_stops_nobody_and_is_named_where_nothing_fits(tmp_path):

@@ -38,6 +38,7 @@ LAYERS = {
         "store.notes",
         "store.roots",
         "store.stores",
+        "store.invariants",
         "mapped",
         "memory",
         "signals",
@@ -88,7 +89,9 @@ LAYERS = {
     # examples, the loss, who runs the prior
     3: {"text.loader", "text.examples", "text.dataspec", "loss", "fused", "forward", "backends"}
     | {f"backends.{name}" for name in ("batches", "bodies", "prompts", "packing", "ways")}
-    | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")},
+    | {f"backends.{name}" for name in ("engine", "full", "hf", "ray_worker", "ray_data")}
+    | {f"backends.vllm_{n}" for n in ("bounds", "engine", "log", "options", "selftest", "worker")}
+    | {"backends.vllm"},
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
     | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "sweep", "dataset"}
@@ -99,7 +102,6 @@ LAYERS = {
         "store.verify",
         "store.problems",
         "store.partcheck",
-        "store.invariants",
         "store.doubles",
     }
     | {"store.merging", "store.compact", "store.copying", "store.gc"},
@@ -193,6 +195,11 @@ REACH = {
         | {"models", "packing"}
         for n in ("prompts", "packing")
     },
+    "backends.vllm_worker": NUMBERS | {"backends", "identity", "store.versions", "store.process"},
+    "backends.vllm_bounds": NUMBERS | {"backends", "identity", "store.versions"},
+    "backends.vllm_engine": NUMBERS
+    | {"backends", "backends.vllm_log", "identity", "store.versions", "store.process"},
+    "backends.vllm_log": NUMBERS | {"backends", "identity", "store.versions"},
     "models": {"errors"},
     "placement": {"errors", "models"},
 }

@@ -28,6 +28,14 @@ class TooLarge(Exception):
         self.index = index
 
 
+class TooLong(Exception):
+    """Sequence `index` has to be run for more tokens than the `most` that the backend takes."""
+
+    def __init__(self, index: int, most: int):
+        super().__init__(f"sequence {index}")
+        self.index, self.most = index, most
+
+
 class Scorer(Protocol):
     """Runs one frozen prior over token sequences."""
 
@@ -44,7 +52,12 @@ class Scorer(Protocol):
 
         names  the core, and those of stats.EXTENDED that are named
 
-        Yields (index, stats [len(positions[index])] on the CPU) in whatever order is fastest.
-        Raises BadLogits where the model answers with NaN, +inf, or all -inf; TooLarge.
+        Yields (index, stats [len(positions[index])] on the CPU) in whatever order is fastest; not
+        those that the backend cannot score exactly. Raises BadLogits where the model answers with
+        NaN, +inf, or all -inf; TooLarge; TooLong.
         """
+        ...
+
+    def close(self) -> None:
+        """Gives back what the backend has started. Nothing is scored afterwards."""
         ...

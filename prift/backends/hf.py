@@ -190,6 +190,9 @@ class HFScorer:
                 if stats is not None:
                     yield from landed.split(stats)
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def _choose(self, logits: int) -> None:
         """Once, by the first window; and again where small windows turn out to be many."""
         before, self._logits = self._logits, self._logits + logits

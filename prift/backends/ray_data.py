@@ -120,6 +120,9 @@ class RayScorer:
                 "well, run the same command again."
             ) from error
 
+    def close(self) -> None:
+        """Nothing: Ray is left by `session`."""
+
     def _answers(
         self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray], names: Sequence[str]
     ) -> Iterator[Any]:

@@ -15,7 +15,8 @@ from prift.store.doubles import Doubles
 from prift.store.problems import Problem, Verified
 from prift.store.roots import MAX_PART, OpenPart, Part, Root, promises
 
-CORE = ("logprob", "log_mass_rank", "rank", "n_tie", "entropy")
+ALWAYS = ("logprob", "log_mass_rank", "rank", "n_tie")
+"""Statistics of every part; where bounds had to do (backends/vllm_bounds.py) it has no entropy."""
 _NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{32}\.parquet")
 
 
@@ -66,7 +67,7 @@ class PartCheck:
                 groups, schema = file.num_row_groups, file.schema_arrow
         except CacheError as error:
             return self._wrong(_why(error))
-        if lacking := [name for name in CORE if name not in names]:
+        if lacking := [name for name in ALWAYS if name not in names]:
             self._wrong(f"it lacks the core statistics {', '.join(lacking)}")
         half = {n for n in names if str(schema.field(n).type.value_type) == "halffloat"}
         for number in range(groups):
