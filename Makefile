@@ -66,17 +66,14 @@ bench-gpu:  ## the tests of the CUDA paths, then stages 1 and 2 on random-weight
 	  tests/test_fused.py tests/test_chunk.py tests/test_loss.py
 	$(PYTHON) -m benchmarks.gpu --json bench-gpu.json
 	$(PYTHON) -m benchmarks.gpu_train --json bench-gpu-train.json
-<<<<<<< HEAD
 	$(PYTHON) -m benchmarks.rules --device cuda --shapes 1.5B --json bench-gpu-rules.json
-
-bench-rules: $(VENV)/.installed  ## what each rule adds to a training step
-	@$(BIN)/python -m benchmarks.rules --json bench-rules.json
-=======
 	! $(PYTHON) -c 'import vllm' || $(PYTHON) -m pytest -q tests/vllm/test_smallest.py \
 	  tests/vllm/test_parity.py tests/vllm/test_v2_runner.py tests/vllm/test_command.py
 	! $(PYTHON) -c 'import vllm' || $(PYTHON) -m benchmarks.vllm --rows 2000 --memory-rows 0 \
 	  --json bench-gpu-vllm.json
->>>>>>> wt-vllm
+
+bench-rules: $(VENV)/.installed  ## what each rule adds to a training step
+	@$(BIN)/python -m benchmarks.rules --json bench-rules.json
 
 # What only `make bench-train` compares with.
 $(VENV)/.installed-bench: $(VENV)/.installed
