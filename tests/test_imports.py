@@ -177,7 +177,7 @@ REACH = {
     "fused": LOSS | {"loss", "memory"},
     "packing": PRODUCTS | {"heads"},
     "packcheck": PRODUCTS | {"heads", "headcheck", "memory", "packing"},
-    "forward": LOSS | {"loss", "packing"},
+    "forward": LOSS | {"loss", "packing", "roles"},
     "backends": NUMBERS | {"identity", "store.versions"},
     "backends.batches": set(),
     "memory": {"errors"},
