@@ -198,7 +198,8 @@ REACH = {
     "backends.vllm_worker": NUMBERS | {"backends", "identity", "store.versions", "store.process"},
     "backends.vllm_bounds": NUMBERS | {"backends", "identity", "store.versions"},
     "backends.vllm_engine": NUMBERS
-    | {"backends", "backends.vllm_log", "identity", "store.versions", "store.process"},
+    | {f"backends{n}" for n in ("", ".vllm_log", ".vllm_worker")}
+    | {"identity", "store.versions", "store.process"},
     "backends.vllm_log": NUMBERS | {"backends", "identity", "store.versions"},
     "models": {"errors"},
     "placement": {"errors", "models"},
