@@ -31,8 +31,10 @@ _PRIFT = ("PriFT's authors' code, wang-kee/PriFT", "9fea11e")
 _LLAMA_FACTORY = ("LLaMA-Factory", "ff6d4d1")
 
 PRESETS = {
-    "prift-code-prob": Preset(*_PRIFT, "prob", "prior", "micro-batch"),
-    "prift-code-mass": Preset(*_PRIFT, "mass", "prior", "micro-batch", {"ties": "official-code"}),
+    "prift-code-prob": Preset(*_PRIFT, "prob", "prior", "micro-batch-sum"),
+    "prift-code-mass": Preset(
+        *_PRIFT, "mass", "prior", "micro-batch-sum", {"ties": "official-code"}
+    ),
     "trl-dft": Preset("TRL, loss_type dft", "1.16.0", "prob", "online"),
     "llamafactory-dft": Preset(*_LLAMA_FACTORY, "prob", "online"),
     "llamafactory-eaft": Preset(*_LLAMA_FACTORY, "eaft", "online"),

@@ -144,10 +144,11 @@ def naive(
             scaled = weights
             if normalize == "sequence":
                 scaled = weights / labelled.sum(1, keepdim=True).clamp_min(1)
-            own = batch["num_labels"] if normalize == "micro-batch" else 1.0
+            own = batch["num_labels"] if normalize.startswith("micro-batch") else 1.0
             loss = loss + references.weighted_loss(logits, labels_of(batch), scaled, own)
             denominator += {
                 "micro-batch": 1,
+                "micro-batch-sum": ranks / len(batches),  # whose gradients are averaged alone
                 "tokens": batch["num_labels"],
                 "kept": int((weights[labelled] != 0).sum()),
                 "weights": float(weights[labelled].sum()),
@@ -165,7 +166,8 @@ def naive(
             for parameter in model.parameters():
                 parameter -= RATE * parameter.grad
                 parameter.grad = None
-        values = {"loss": float(loss.detach()), "grad_norm": float(norm)}
+        means = len(batches) / ranks if normalize == "micro-batch-sum" else 1
+        values = {"loss": float(loss.detach()) / means, "grad_norm": float(norm)}
         logged.append(values | metrics(np.array(table), anchored))
     return {
         "logged": logged,

@@ -17,7 +17,8 @@ from tests.test_cutting import assert_equal, two_ranks
 def test_denominators_by_hand():
     weights = np.array([0.5, 0.0, -2.0], np.float32)
     found = {name: DENOMINATORS[name](weights) for name in DENOMINATORS}
-    assert found == {"tokens": 3, "kept": 2, "weights": 2.5, "sequence": 1, "micro-batch": 3}
+    own = {"micro-batch": 3, "micro-batch-sum": 3}
+    assert found == {"tokens": 3, "kept": 2, "weights": 2.5, "sequence": 1} | own
 
 
 @pytest.mark.parametrize("method", ["prift-prob", "prift-mass"])
@@ -41,9 +42,27 @@ def test_each_micro_batch_has_its_own_mean(tmp_path, method, accumulation, ancho
     assert (np.abs(np.subtract(*losses)) > 5e-5 * np.array(losses[0])).any() == (accumulation > 1)
 
 
+@pytest.mark.parametrize(("method", "anchored"), [("prift-mass", False), ("dft", True)])
+def test_the_means_of_micro_batches_add_up(tmp_path, method, anchored):
+    """Two unequal ones a step: gradients and their norm are those of the sum of their means, the
+    loss logged is its half."""
+    more = {"normalize": "micro-batch-sum", "anchored": anchored}
+    ours = cutting.run(tmp_path, method, 2, **more)
+    assert_equal(ours, method, 2, **more)
+
+
 def test_two_ranks_average_the_means_of_their_micro_batches(tmp_path):
     ours = two_ranks(tmp_path, "prift-prob", 1, "micro-batch")
     assert_equal(ours, "prift-prob", 2, ranks=2, normalize="micro-batch")
+
+
+def test_two_ranks_average_the_sums_of_their_means(tmp_path):
+    """Six batches, two a step on each rank; of the second step one is left for each."""
+    ours = two_ranks(tmp_path, "prift-prob", 2, "micro-batch-sum")
+    exact = cutting.naive("prift-prob", 4, ranks=2, normalize="micro-batch-sum")
+    for name in ("loss", "grad_norm"):
+        found, wanted = ([e[name] for e in run["logged"][:2]] for run in (ours, exact))
+        assert len(found) == 2 and found == pytest.approx(wanted, rel=2e-5)
 
 
 def test_an_epochs_last_step_may_have_fewer_micro_batches(tmp_path):

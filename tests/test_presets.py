@@ -58,19 +58,23 @@ def train(lab: Lab, output, name: str, *words: str):
     return cli.train(lab.model, lab.data, output, *given, "--", *flags)
 
 
-def naive(lab: Lab, name: str, dtype) -> dict[str, torch.Tensor]:
-    """Parameters after STEPS steps of plain gradient descent on that program's loss."""
+def naive(lab: Lab, name: str, dtype, logged: list | None = None) -> dict[str, torch.Tensor]:
+    """Parameters after STEPS steps of plain gradient descent on that program's loss; what it logs
+    is added to `logged`."""
     model, prior = (tf.AutoModelForCausalLM.from_pretrained(lab.model, dtype=dtype) for _ in "mp")
     data = [(row["input_ids"], row["labels"]) for row in rows(lab)]
     loss_of = getattr(preset_references, f"loss_{name.replace('-', '_')}")
     for step in range(STEPS):
         begins = [(step * ACCUMULATION + n) * BATCH for n in range(ACCUMULATION)]
         micro = [data[begin : begin + BATCH] for begin in begins]
-        loss_of(
+        loss = loss_of(
             micro,
             lambda ids: model(torch.tensor([ids])).logits[0],
             lambda ids: prior(torch.tensor([ids])).logits[0].detach(),
-        ).backward()
+        )
+        loss.backward()
+        if logged is not None:
+            logged.append(float(preset_references.logged(name, loss.detach(), micro)))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= RATE * parameter.grad
@@ -88,12 +92,15 @@ def budgets(lab: Lab, exact: dict, rounded: dict) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_takes_the_steps_of_its_program(lab, tmp_path, name):
-    """Several of them, over unequal micro-batches."""
+    """Several of them, over three unequal micro-batches each, and logs what it does."""
     if PRESETS[name].rule == "eaft":
         assert len(tf.AutoTokenizer.from_pretrained(lab.model)) > 20
     cli.succeeded(train(lab, tmp_path / "out", name))
     ours = load_file(tmp_path / "out" / "model.safetensors")
-    exact, rounded = naive(lab, name, torch.float64), naive(lab, name, torch.float32)
+    logged, state = [], json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    exact, rounded = naive(lab, name, torch.float64, logged), naive(lab, name, torch.float32)
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses == pytest.approx(logged, rel=2e-5)
     for n, budget in budgets(lab, exact, rounded).items():
         assert float((ours[n].double() - exact[n]).norm()) <= budget, n
 
@@ -128,7 +135,7 @@ def test_what_is_written_of_a_run_is_a_config_of_it(lab, tmp_path):
     cli.succeeded(train(lab, tmp_path / "out", "prift-code-mass", "--rule-arg", "threshold=0.3"))
     config = tmp_path / "out" / "prift.yaml"
     written = yaml.safe_load(config.read_text())
-    assert (written["preset"], written["normalize"]) == ("prift-code-mass", "micro-batch")
+    assert (written["preset"], written["normalize"]) == ("prift-code-mass", "micro-batch-sum")
     cli.succeeded(cli.prift("train", "--config", config, "--output", tmp_path / "again"))
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "again"))
     assert all(torch.equal(one[n], two[n]) for n in one)
@@ -140,8 +147,8 @@ def test_what_is_written_of_a_run_is_a_config_of_it(lab, tmp_path):
         (("--rule", "prob"), "has its own weights, so --rule prob contradicts it"),
         (("--method", "sft"), "has its own weights, so --method sft contradicts it"),
         (("--source", "online"), "is --source prior, so --source online contradicts it"),
-        (("--normalize", "kept"), "is --normalize micro-batch, so --normalize kept contradicts"),
-        (("--normalize", "tokens"), "is --normalize micro-batch, so --normalize tokens contradi"),
+        (("--normalize", "kept"), "is --normalize micro-batch-sum, so --normalize kept contra"),
+        (("--normalize", "tokens"), "is --normalize micro-batch-sum, so --normalize tokens con"),
         (("--mix", "0.1"), "so --mix 0.1 contradicts it: leave one of them out"),
         (("--min-weight", "0.1"), "so --min-weight 0.1 contradicts it"),
         (("--max-weight", "0.5"), "so --max-weight 0.5 contradicts it"),
@@ -157,7 +164,8 @@ def test_what_contradicts_a_preset_is_refused_by_name(lab, tmp_path, words, mess
 
 
 def test_what_agrees_with_a_preset_is_no_contradiction():
-    given = {"source": "prior", "normalize": "micro-batch", "rule_arg": {"ties": "official-code"}}
+    given = {"source": "prior", "normalize": "micro-batch-sum"}
+    given["rule_arg"] = {"ties": "official-code"}
     found = preset("prift-code-mass", {**given, "rule": None})
     assert found == PRESETS["prift-code-mass"]
     with pytest.raises(OptionError, match="unknown --preset 'nope'. Presets: prift-code-prob, "):
