@@ -43,7 +43,6 @@ LAYERS = {
         "memory",
         "signals",
         "order",
-        "presets",
         "roles",
     },
     # one concern each, on top of those
@@ -85,6 +84,7 @@ LAYERS = {
         "watch",
         "arguments",
         "normalizers",
+        "presets",
     }
     | {"store.claims", "shards"},
     # examples, the loss, who runs the prior
