@@ -24,7 +24,7 @@ from prift.store.remote import open_root
 from prift.text.dataspec import DataSpec
 from prift.text.examples import Examples
 from prift.weigher import Weigher
-from prift.weighing import check_weights, weigh
+from prift.weighing import check_weights, weigh, weigh_without_statistics
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,16 @@ class TrainOptions:
 
     @property
     def skips_rows(self) -> bool:
-        """Whether the tokens that no gradient comes from are known before training."""
-        return self.weigher.source == "prior" and not self.anchor
+        """Whether tokens that no gradient comes from are known before training."""
+        zeros = bool(self.weigher.needs) or self.weigher.by_role
+        return self.weigher.known and zeros and not self.anchor
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """What a run reads.
 
-    training    cut by its weights, where the rule's source is the prior
+    training    cut by its weights, where they are known beforehand
     evaluation  whole, or None
     prior       whose statistics these are, or None
     """
@@ -152,8 +153,11 @@ def load_data(
             say(f"{purpose}: drift is not measured: {trouble}")
         if options.anchor and (alone := int(np.isneginf(prior["logprob"]).sum())):
             say(f"{purpose}: {alone:,} label tokens have no chance under the prior, and no anchor")
+        weights = None
+        if weigher.source is None:
+            weights = weigh_without_statistics(weigher, examples)
         cut = options.skips_rows and not found and _ends_do_not_matter(config)
-        found.append(PriorDataset(examples, prior, cut, options.normalize))
+        found.append(PriorDataset(examples, prior, cut, options.normalize, weights))
     return TrainingData(found[0], found[1] if len(found) > 1 else None, tokenizer, identity)
 
 

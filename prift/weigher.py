@@ -128,6 +128,11 @@ class Weigher:
         return tuple(dict.fromkeys(n for f in self.factors for n in f.rule.base))
 
     @property
+    def known(self) -> bool:
+        """Whether its weights are known before training."""
+        return self.source != "online"
+
+    @property
     def by_role(self) -> bool:
         """Whether it asks whose words a token is."""
         return any("role_N" in factor.rule.given() for factor in self.factors)

@@ -26,7 +26,7 @@ from prift.text.examples import Examples
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from prift.weigher import Weigher
-from prift.weighing import weigh
+from prift.weighing import weigh, weigh_without_statistics
 from tests import references, rule_references
 from tests.families import tiny
 from tests.grids import grid, labels_of
@@ -67,9 +67,11 @@ def weighed(
     normalize: str = "tokens",
     anchored: bool = False,
 ) -> PriorDataset:
-    """With the weights of a rule whose source is the prior, and cut by them unless anchored."""
+    """With the weights of a rule whose source is the prior, and cut by them unless anchored; with
+    those of one that reads nothing."""
     if chosen.source != "prior":
-        return PriorDataset(rows, prior, normalize=normalize)
+        weights = weigh_without_statistics(chosen, rows) if chosen.known else None
+        return PriorDataset(rows, prior, normalize=normalize, weights=weights)
     weights = weigh(chosen, rows.label_counts, prior)
     return PriorDataset(rows, prior | {"weights": weights}, not anchored, normalize)
 
