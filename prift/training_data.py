@@ -18,6 +18,7 @@ from prift.errors import CacheError, OptionError
 from prift.identity import PriorIdentity
 from prift.mapped import MappedArrays, mapped_arrays
 from prift.models import turns_by_length
+from prift.normalizers import DENOMINATORS
 from prift.ranks import is_rank_zero
 from prift.request import digest, read_prior, request
 from prift.store.remote import open_root
@@ -31,7 +32,7 @@ from prift.weighing import check_weights, weigh, weigh_without_statistics
 class TrainOptions:
     """What is trained, from what, into what. See `prift train --help`.
 
-    Raises OptionError for an anchor that is none.
+    Raises OptionError for an anchor or a normaliser that is none.
     """
 
     model: str
@@ -62,6 +63,10 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.anchor not in (None, *ANCHORS):
             raise OptionError(f"unknown anchor {self.anchor!r}. There is: {', '.join(ANCHORS)}.")
+        if self.normalize not in DENOMINATORS:
+            raise OptionError(
+                f"unknown --normalize {self.normalize!r}. There are: {', '.join(DENOMINATORS)}."
+            )
         if (self.anchor is None) != (self.anchor_weight is None):
             given, lacking = "--anchor k3", "--anchor-weight L, a factor of the anchor in the loss"
             if self.anchor is None:
