@@ -16,6 +16,7 @@ from prift.headcheck import check_head
 from prift.heads import Head, accepted, body_of, head_of
 from prift.loss import Kernel, weighted_loss
 from prift.packing import body_arguments
+from prift.roles import RESPONSE
 from prift.stats import TokenStats
 from prift.weigher import Weigher
 
@@ -65,11 +66,16 @@ class Weighted:
         self.weights, self.scale, self.anchor = weights, scale, anchor
 
     @staticmethod
-    def of(labels_BT: Tensor, prior_BT: dict[str, Tensor]) -> "Weighted":
+    def of(
+        labels_BT: Tensor, prior_BT: dict[str, Tensor], roles_BT: Tensor | None = None
+    ) -> "Weighted":
         """Of a padded batch's labels as transformers has them, each at its token's own place and
-        -100 where there is none, and of statistics at the same places."""
+        -100 where there is none, and of statistics and roles (uint8) at the same places; without
+        roles all are a response's."""
         row, column = (labels_BT[:, 1:] != -100).nonzero(as_tuple=True)
-        tokens = LabelTokens(row * labels_BT.shape[1] + column, labels_BT[row, column + 1], row)
+        places, targets = row * labels_BT.shape[1] + column, labels_BT[row, column + 1]
+        roles = torch.full_like(row, RESPONSE) if roles_BT is None else roles_BT[row, column + 1]
+        tokens = LabelTokens(places, targets, row, roles.to(torch.uint8))
         return Weighted(tokens, {n: values[row, column + 1] for n, values in prior_BT.items()})
 
 

@@ -167,6 +167,8 @@ class Weigher:
         """Detached float32 weights [N], or a scalar where every token weighs the same. See Rule."""
         given = {"stats": stats, "base": base, "sequence_N": sequence_N, "role_N": role_N}
         present = [getattr(stats, name) for name in stats.names()]
+        if self.by_role and role_N is None:
+            raise OptionError(f"rule {self.name} asks whose words each token is: pass role_N")
         present += [role_N] if self.by_role else []
         device = present[0].device if present else None
         if present and not len(present[0]):

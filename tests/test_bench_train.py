@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from benchmarks import steps, train
+from benchmarks import rules, steps, train
 from benchmarks.gpu_train import Way, end_to_end, flops
 from benchmarks.peers import TRL, Padded
 from benchmarks.trainers import BATCH, FIXED, Whole
+from prift.forward import Weighted
 from prift.methods import METHODS
 from prift.packing import varlen_attention
+from prift.roles import RESPONSE
+from prift.weigher import RULES
 from tests.varlen import on_the_cpu
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -130,3 +133,21 @@ def test_the_gpu_benchmark_runs_without_one(tiny):
     labels = int((batch["labels"] != -100).sum())
     attention = 2 * 32 * 2 * 3 * 24 * 25 / 2
     assert flops(model, batch) == 6 * (body * 72 + V * 32 * labels + attention)
+
+
+def test_the_cost_of_every_rule_is_measured(monkeypatch):
+    monkeypatch.setitem(rules.SHAPES, "tiny", rules.SHAPES["tiny"] | {"vocab_size": V})
+    found = rules.measure("tiny", "cpu", 1)
+    assert {row["rule"] for row in found} == set(RULES) and found[0]["ratio"] == 1
+    assert all(row["ratio"] > 0 for row in found)
+    needs = {(row["rule"], row["source"]): row["needs"] for row in found}
+    assert needs["mass", "online"] == "core" and needs["eaft", "online"] == "extended"
+    assert needs["prob", "online"] == "logprob" and needs["prob", "prior"] == "weights"
+
+
+def test_labels_alone_are_a_responses_words():
+    labels = torch.tensor([[-100, 5, 6], [-100, -100, 7]])
+    tokens = Weighted.of(labels, {}).tokens
+    assert tokens.role.tolist() == [RESPONSE] * 3
+    roles = torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.uint8)
+    assert Weighted.of(labels, {}, roles).tokens.role.tolist() == [1, 2, 5]

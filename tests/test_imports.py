@@ -179,7 +179,7 @@ REACH = {
     "fused": LOSS | {"loss", "memory"},
     "packing": PRODUCTS | {"heads"},
     "packcheck": PRODUCTS | {"heads", "headcheck", "memory", "packing"},
-    "forward": LOSS | {"loss", "packing"},
+    "forward": LOSS | {"loss", "packing", "roles"},
     "backends": NUMBERS | {"identity", "store.versions"},
     "backends.batches": set(),
     "memory": {"errors"},
@@ -200,7 +200,8 @@ REACH = {
     "backends.vllm_worker": NUMBERS | {"backends", "identity", "store.versions", "store.process"},
     "backends.vllm_bounds": NUMBERS | {"backends", "identity", "store.versions"},
     "backends.vllm_engine": NUMBERS
-    | {"backends", "backends.vllm_log", "identity", "store.versions", "store.process"},
+    | {f"backends{n}" for n in ("", ".vllm_log", ".vllm_worker")}
+    | {"identity", "store.versions", "store.process"},
     "backends.vllm_log": NUMBERS | {"backends", "identity", "store.versions"},
     "models": {"errors"},
     "placement": {"errors", "models"},

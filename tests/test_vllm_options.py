@@ -1,7 +1,13 @@
 """What is refused before vLLM is started, what its engine is told, and the prior's identity."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +16,7 @@ from prift.backends.vllm_engine import own_gpu, parse_version
 from prift.backends.vllm_log import cause
 from prift.backends.vllm_options import VLLMOptions, engine_settings, identify
 from prift.engines import PrecomputeOptions, check_options, statistics_of
-from prift.errors import OptionError
+from prift.errors import ModelError, OptionError
 from prift.models import load_config
 from prift.stats import CORE
 from tests import cli_fixtures as cli
@@ -22,8 +28,6 @@ def folder(tmp_path_factory):
 
 
 def identity_of(folder, dtype="auto", logits_dtype="float32", **options):
-    from pathlib import Path
-
     config = load_config(Path(folder))
     return identify(
         Path(folder), config, VLLMOptions(**options), dtype=dtype, logits_dtype=logits_dtype
@@ -31,8 +35,6 @@ def identity_of(folder, dtype="auto", logits_dtype="float32", **options):
 
 
 def settings_of(folder, longest=None, dtype="float32", logits_dtype="float32", **options):
-    from pathlib import Path
-
     config, path = load_config(Path(folder)), Path(folder)
     identity = identity_of(folder, dtype, logits_dtype, **options)
     return engine_settings(path, config, identity, VLLMOptions(**options), longest, False)
@@ -89,12 +91,23 @@ def test_options_of_the_other_backend_are_refused_by_name(options, message):
         ("worker_extension_cls", "x.Y", "is set by prift itself$"),
         ("hf-overrides", {}, "is set by prift itself$"),
         ("max-model-len", 9, "vLLM calls it max_model_len"),
-        ("load_format", "dummy", "without weights"),
+        ("load_format", "dummy", "is set by prift itself$"),
+        ("config_format", "mistral", "is set by prift itself$"),
+        ("model_weights", "s3://other", "is set by prift itself$"),
+        ("distributed_executor_backend", "ray", "would not end with prift.*--shard i/n"),
+        ("max_logprobs", 5, "max_logprobs=5: statistics take 6 or more"),
+        ("max_logprobs", "many", "max_logprobs=many"),
     ],
 )
 def test_engine_arguments_that_are_prifts_are_refused(name, value, message):
     with pytest.raises(OptionError, match=message):
         VLLMOptions(engine_args={name: value}).check()
+
+
+def test_an_empty_quantization_is_refused():
+    with pytest.raises(OptionError, match="--quantization is empty"):
+        VLLMOptions(quantization=" ").check()
+    VLLMOptions(quantization="fp8", engine_args={"max_logprobs": -1}).check()
 
 
 def test_bounds_store_no_entropy():
@@ -124,7 +137,7 @@ def test_what_changes_the_numbers_is_in_the_identity_and_nothing_else_is(folder)
     assert (plain.backend, plain.attention, plain.quantization) == ("vllm", "vllm", None)
     assert plain.dtype == plain.logits_dtype == "float32"
     same = {"tensor_parallel_size": 2, "max_num_batched_tokens": 64, "mode": "bounds"}
-    assert identity_of(folder, **same, engine_args={"max_model_len": 30}) == plain
+    assert identity_of(folder, **same, engine_args=dict.fromkeys(NO_NUMBERS, 30)) == plain
     quantised = identity_of(folder, quantization="fp8", engine_args={"kv_cache_dtype": "fp8"})
     assert json.loads(quantised.quantization) == {
         "checkpoint": None,
@@ -136,10 +149,125 @@ def test_what_changes_the_numbers_is_in_the_identity_and_nothing_else_is(folder)
     assert identity_of(folder, dtype="bfloat16").id != plain.id
 
 
+NO_NUMBERS = ["max_model_len", "max_logprobs", "enforce_eager", "enable_prefix_caching", "seed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kv_cache_dtype", "fp8"),
+        ("model_impl", "transformers"),
+        ("mamba_ssm_cache_dtype", "float32"),
+        ("compilation_config", {"mode": 3}),
+        ("attention_config", {"flash_attn_version": 2}),
+        ("not_yet_known", True),
+    ],
+)
+def test_an_argument_that_is_not_known_to_leave_the_numbers_is_in_the_identity(folder, name, value):
+    asked = identity_of(folder, engine_args={name: value})
+    assert json.loads(asked.quantization) == {"checkpoint": None, "vllm": {name: value}}
+    assert asked.attention == "vllm"
+    for default in ("auto", None):
+        assert identity_of(folder, engine_args={name: default}) == identity_of(folder)
+
+
+def test_the_attention_is_in_the_identity_once(folder):
+    both = {"backend": "FLASHINFER", "flash_attn_version": 2}
+    asked = identity_of(folder, engine_args={"attention_config": both})
+    assert asked.attention == "flashinfer"
+    assert json.loads(asked.quantization)["vllm"] == {"attention_config": {"flash_attn_version": 2}}
+    alone = identity_of(folder, engine_args={"attention_config": {"backend": "FLASHINFER"}})
+    assert alone == identity_of(folder, engine_args={"attention_backend": "FLASHINFER"})
+
+
+def test_only_the_weights_that_are_hashed_are_read(folder, tmp_path):
+    """vLLM prefers Mistral's own files where they lie beside those of transformers."""
+    settings = settings_of(folder)
+    assert (settings["load_format"], settings["config_format"]) == ("safetensors", "hf")
+    own = Path(shutil.copytree(folder, tmp_path / "m"))
+    vllm_options.check_files(own)
+    other = own / "consolidated.safetensors"
+    shutil.copy(own / "model.safetensors", other)
+    with pytest.raises(ModelError, match=r"would read consolidated.*Move consolidated.safetensors"):
+        vllm_options.check_files(own)
+    index = own / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": other.name}}))
+    with pytest.raises(ModelError, match=rf"Move {index.name}, consolidated"):
+        vllm_options.check_files(own)
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    vllm_options.check_files(own)
+    (own / "model.safetensors").rename(own / "model-1.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    vllm_options.check_files(own)
+
+
 def test_a_process_with_a_gpu_of_its_own_shows_vllm_that_one():
     assert own_gpu(None, {}) == own_gpu("cpu", {}) == {}
     assert own_gpu("cuda:2", {}) == {"CUDA_VISIBLE_DEVICES": "2"}
     assert own_gpu("cuda:1", {"CUDA_VISIBLE_DEVICES": "4,7"}) == {"CUDA_VISIBLE_DEVICES": "7"}
+
+    assert own_gpu("cuda:1", {"CUDA_VISIBLE_DEVICES": "4, 7"}) == {"CUDA_VISIBLE_DEVICES": "7"}
+
+
+def test_an_engine_knows_of_its_owner_and_of_no_launcher(monkeypatch):
+    """Processes that torchrun started have an engine each."""
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a",
+                "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}  # fmt: skip
+    for name, value in (launched | {"MINE": "kept", "SET": "user's"}).items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with vllm_engine._started_in({"PRIFT_VLLM_OWNER": "me", "SET": "prift's"}):
+        assert not launched.keys() & os.environ.keys()
+        inside = [os.environ[name] for name in ("PRIFT_VLLM_OWNER", "SET", "MINE")]
+    assert inside == ["me", "user's", "kept"]
+    assert dict(os.environ) == before
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+def engine(pipe):  # started by the owner, starts the worker
+    worker = multiprocessing.get_context("spawn").Process(target=work, args=(pipe,))
+    worker.start()
+    worker.join()
+def work(pipe):
+    import prift.backends.vllm_worker
+    pipe.send((os.getpid(), os.getppid()))
+    time.sleep(60)
+if __name__ == "__main__":
+    from prift.store.process import signature
+    os.environ["PRIFT_VLLM_OWNER"] = signature()
+    here, there = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    deep = sys.argv[1] == "deep"  # whether an engine is between
+    context.Process(target=engine if deep else work, args=(there,)).start()
+    print(*here.recv(), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["deep", "flat"])
+def test_what_an_engine_consists_of_ends_with_its_owner_and_nothing_else(tmp_path, how):
+    """The owner is killed while the engine starts. Its worker ends itself and the engine; where the
+    owner started it, not who then becomes its parent."""
+    script = tmp_path / "owner.py"
+    script.write_text(ORPHAN)
+    command = [sys.executable, str(script), how]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        worker, mother = map(int, owner.stdout.readline().split())
+        assert (mother == owner.pid) == (how == "flat")
+        owner.kill()
+    deadline = time.monotonic() + 30
+    left = {worker, mother}
+    while left and time.monotonic() < deadline:
+        time.sleep(0.2)
+        left = {pid for pid in left if _running(pid)}
+    assert not left
+
+
+def _running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 LOG = """\

@@ -30,6 +30,7 @@ from prift.backends.vllm_engine import Engine
 from prift.backends.vllm_options import (
     BOUNDS_K,
     VLLMOptions,
+    check_files,
     engine_settings,
     identify,
     rounds_itself,
@@ -79,6 +80,7 @@ def load(
     Raises OptionError, ModelError.
     """
     found = check_installed(options)
+    check_files(folder)
     _check_numbers(folder, config, identity, found)
     settings = engine_settings(folder, config, identity, options, longest, trust_remote_code)
     exact = options.mode != "bounds" and found >= engine.SUPPORTED[0]

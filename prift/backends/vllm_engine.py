@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from prift.backends.vllm_log import Log
+from prift.backends.vllm_worker import OWNER
 from prift.errors import ModelError, OptionError, first_line
 from prift.store.process import signature
 
@@ -31,6 +32,12 @@ _ENVIRONMENT = {
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one, for the token that no one asked for
 }
 """While an engine starts; what the user has set stays."""
+_OF_PRIFT = (OWNER, "CUDA_VISIBLE_DEVICES")  # these never stay
+_OF_A_LAUNCHER = re.compile(
+    "TORCHELASTIC_.*|MASTER_(ADDR|PORT)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_WORLD_SIZE"
+)
+"""Environment variables by which torchrun ties processes together: of prift's processes, which have
+an engine each, and none of vLLM's business."""
 
 _LOOK_SECONDS = 0.2  # between two looks whether vLLM's processes live
 _LAST_WORDS_SECONDS = 2.0  # for vLLM to say itself that one does not
@@ -76,9 +83,9 @@ class Engine:
         before = set(multiprocessing.active_children())
         self._log = Log()
         self._llm: Any = None
-        environment = {**_ENVIRONMENT, **own_gpu(device, os.environ)}
+        environment = {**_ENVIRONMENT, OWNER: signature(), **own_gpu(device, os.environ)}
         try:
-            with _defaults(environment), self._log.taking_output():
+            with _started_in(environment), self._log.taking_output():
                 from vllm import LLM
 
                 self._log.take_logger()
@@ -172,24 +179,27 @@ def own_gpu(device: str | None, environment: Any) -> dict[str, str]:
     if index is None:
         return {}
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(index[1])] if visible else index[1]}
+    seen = [one.strip() for one in visible.split(",")] if visible else []
+    return {"CUDA_VISIBLE_DEVICES": seen[int(index[1])] if seen else index[1]}
 
 
 @contextmanager
-def _defaults(values: dict[str, str]) -> Iterator[None]:
-    """These environment variables where they are not set, inside; but a GPU of our own always."""
-    before = {name: os.environ.get(name) for name in values}
+def _started_in(values: dict[str, str]) -> Iterator[None]:
+    """Inside, these environment variables where they are not set or are prift's own, and none of a
+    launcher."""
+    before = dict(os.environ)
+    for name in filter(_OF_A_LAUNCHER.fullmatch, before):
+        del os.environ[name]
     for name, value in values.items():
-        if before[name] is None or name == "CUDA_VISIBLE_DEVICES":
+        if name not in before or name in _OF_PRIFT:
             os.environ[name] = value
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in {*values, *filter(_OF_A_LAUNCHER.fullmatch, before)}:
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def _flat(answer: Any, rows: int, K: int) -> tuple[np.ndarray, ...]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from prift.errors import OptionError
+from prift.backends.vllm_worker import columns_for
+from prift.errors import ModelError, OptionError
 from prift.identity import (
     PriorIdentity,
     canonical_json,
@@ -18,6 +19,7 @@ from prift.identity import (
     weights_digest,
 )
 from prift.models import checkpoint_dtype, context_length, vocabulary_size, weight_files
+from prift.stats import CORE, EXTENDED
 from prift.store import versions
 
 EXTENSION = "prift.backends.vllm_worker.WorkerExtension"
@@ -46,10 +48,26 @@ _OURS = {
     "runner": None,
     "convert": None,
     "logprobs_mode": None,
+    "load_format": None,
+    "config_format": None,
+    "model_weights": None,
+    "model_class_overrides": None,
 }
 """Engine arguments that prift sets, and the option that does; None: there is none."""
-_NUMBERS = ("kv_cache_dtype", "calculate_kv_scales", "quantization_config", "model_impl")
-"""Engine arguments that change the numbers, so that they belong to the prior's identity."""
+_SAME_NUMBERS = frozenset(
+    """
+    async_scheduling block_size cpu_offload_gb cudagraph_capture_sizes device_ids
+    disable_custom_all_reduce disable_log_stats distributed_executor_backend
+    distributed_timeout_seconds enable_chunked_prefill enable_log_requests enable_prefix_caching
+    enforce_eager kv_cache_memory_bytes log_level long_prefill_token_threshold
+    max_cudagraph_capture_size max_logprobs max_model_len max_num_seqs max_parallel_loading_workers
+    num_gpu_blocks_override pipeline_parallel_size safetensors_load_strategy scheduling_policy seed
+    served_model_name swap_space use_tqdm_on_load
+    """.split()
+)
+"""Engine arguments about memory, order, place and logs. Any other may change the numbers, so that
+it belongs to the prior's identity."""
+_MOST = max(columns_for(CORE), columns_for(CORE + EXTENDED))
 
 
 @dataclass(frozen=True)
@@ -73,8 +91,20 @@ class VLLMOptions:
                 raise OptionError(f"--engine-arg {name} is set by prift itself{instead}")
             if plain != name:
                 raise OptionError(f"--engine-arg {name}: vLLM calls it {plain}")
-        if self.engine_args.get("load_format") == "dummy":
-            raise OptionError("--engine-arg load_format=dummy would score a model without weights")
+        if self.quantization is not None and not self.quantization.strip():
+            raise OptionError("--quantization is empty: name what vLLM calls it, as fp8")
+        for name in ("distributed_executor_backend", "data_parallel_backend"):
+            if self.engine_args.get(name) == "ray":
+                raise OptionError(
+                    f"--engine-arg {name}=ray: workers in Ray would not end with prift. "
+                    "--tensor-parallel-size spreads a model over one machine's GPUs; "
+                    "start a process on each machine for more (--shard i/n)"
+                )
+        most = self.engine_args.get("max_logprobs", -1)
+        if not isinstance(most, int) or most < -1 or 0 <= most < _MOST:
+            raise OptionError(
+                f"--engine-arg max_logprobs={most}: statistics take {_MOST} or more; -1: all"
+            )
 
 
 def identify(
@@ -82,9 +112,7 @@ def identify(
 ) -> PriorIdentity:
     """Identity of the prior in `folder` as this backend would run it; loads no weights, and needs
     no vLLM. dtype may be 'auto' (the checkpoint's)."""
-    more = {n: options.engine_args[n] for n in _NUMBERS if n in options.engine_args}
-    if options.quantization:
-        more["quantization"] = options.quantization
+    more = _changing_numbers(options)
     stored = quantization_of(config)
     if more:
         both = {"checkpoint": json.loads(stored) if stored else None, "vllm": more}
@@ -102,12 +130,25 @@ def identify(
     )
 
 
+def _changing_numbers(options: VLLMOptions) -> dict[str, Any]:
+    """What is asked of vLLM that the other fields of an identity do not say."""
+    asked = dict(options.engine_args)
+    if isinstance(config := asked.get("attention_config"), dict):
+        asked["attention_config"] = {n: v for n, v in config.items() if n != "backend"} or None
+    asked.pop("attention_backend", None)
+    return {
+        name: value
+        for name, value in [*asked.items(), ("quantization", options.quantization)]
+        if name not in _SAME_NUMBERS and value not in (None, "auto")
+    }
+
+
 def _attention(arguments: Mapping[str, Any]) -> str:
     """'vllm' where vLLM chooses by the machine, else what was asked for."""
     asked = arguments.get("attention_backend")
     if isinstance(config := arguments.get("attention_config"), dict):
         asked = config.get("backend", asked)
-    return str(asked).lower() if asked else "vllm"
+    return str(asked).lower() if asked and str(asked).lower() != "auto" else "vllm"
 
 
 def engine_settings(
@@ -124,6 +165,8 @@ def engine_settings(
         "model": str(folder.resolve()),
         "skip_tokenizer_init": True,
         "trust_remote_code": trust_remote_code,
+        "load_format": "safetensors",  # else consolidated*.safetensors would come first
+        "config_format": "hf",  # and params.json
         "dtype": identity.dtype,
         "seed": 0,
         "worker_extension_cls": EXTENSION,
@@ -141,6 +184,27 @@ def engine_settings(
     if identity.dtype != "float32" and not rounds_itself(identity):
         settings["hf_overrides"] = {"head_dtype": "float32"}
     return settings | dict(options.engine_args)
+
+
+def check_files(folder: Path) -> None:
+    """Raises ModelError where vLLM would read other weights than those of the identity: it takes
+    every *.safetensors that an index names, or where there is none, every one."""
+    ours = {file.name for file in weight_files(folder)}
+    theirs = {file.name for file in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        theirs &= {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
+    if ours != theirs:
+        raise ModelError(
+            f"{folder}: the model is {', '.join(sorted(ours))}, and vLLM would read "
+            f"{', '.join(sorted(theirs)) or 'none'}. Move {', '.join(_apart(ours, theirs, index))} "
+            "away, or use --backend hf."
+        )
+
+
+def _apart(ours: set[str], theirs: set[str], index: Path) -> list[str]:
+    """What to move away so that both read the same."""
+    return sorted(theirs - ours) if theirs >= ours else [index.name, *sorted(theirs - ours)]
 
 
 def rounds_itself(identity: PriorIdentity) -> bool:

@@ -28,12 +28,17 @@ import torch
 from torch import Tensor
 
 from prift.stats import CORE, EXTENDED, TokenStats, tile_sums, token_stats
-from prift.store.process import alive
+from prift.store.process import alive, parent_of, pid_of
 
 COLUMNS = ("logprob", "log_mass_rank", "n_tie", "entropy", *EXTENDED)
 """Statistics by column; `rank` has a place of its own."""
 
+OWNER = "PRIFT_VLLM_OWNER"
+"""Environment variable of the processes that an engine consists of: the signature of their owner,
+so that they watch it from the moment they know this module, long before the model is loaded."""
+
 _LOOK_SECONDS = 2.0
+_watching: set[int] = set()  # ids of processes, since one may be a copy of another
 _CORE_K = 3
 _ALL_K = len(COLUMNS) - 1
 _BLOCK = 1 << 26
@@ -125,6 +130,26 @@ class Statistics:
         return self._answer(*pack(logits_NV, targets_N, K, self._rounded, self._sums))
 
 
+def watch(owner: str) -> None:
+    """Ends this worker, and vLLM's process that started it, once the process of this signature
+    (prift.store.process) is gone: vLLM would go on for ever, and keep a GPU's memory. Once in each
+    process."""
+    if alive(owner) is None or os.getpid() in _watching:  # None: of another machine
+        return
+    _watching.add(os.getpid())
+    mother = os.getppid()
+    is_engine = parent_of(mother) == pid_of(owner)  # else it is the owner, or nothing of vLLM's
+
+    def look() -> None:
+        while alive(owner):
+            time.sleep(_LOOK_SECONDS)
+        if is_engine and os.getppid() == mother:
+            os.kill(mother, signal.SIGKILL)  # it would wait for an answer
+        os._exit(1)
+
+    threading.Thread(target=look, name="prift-watch", daemon=True).start()
+
+
 class WorkerExtension:
     """Mixed into vLLM's worker class; its methods are called by `LLM.collective_rpc`."""
 
@@ -166,20 +191,8 @@ class WorkerExtension:
         return True, f"V2 runner{told}"
 
     def prift_watch(self, owner: str) -> None:
-        """Ends this worker, and the process that started it, once the process of this signature
-        (prift.store.process) is gone: vLLM would go on for ever, and keep a GPU's memory."""
-        if alive(owner) is None:  # of another machine
-            return
-        mother = os.getppid()
-
-        def watch() -> None:
-            while alive(owner):
-                time.sleep(_LOOK_SECONDS)
-            if os.getppid() == mother:
-                os.kill(mother, signal.SIGKILL)  # it would wait for an answer
-            os._exit(1)
-
-        threading.Thread(target=watch, name="prift-watch", daemon=True).start()
+        """See `watch`."""
+        watch(owner)
 
     def prift_remove(self) -> None:
         """The worker as it was."""
@@ -202,3 +215,7 @@ def _sums(device: torch.device, compiled: bool | None) -> tuple[Callable[..., Te
         return compiled_sums(device.type), ", compiled"
     except Exception as error:  # whatever a machine's compilers and their caches may raise
         return tile_sums, f", not compiled: {type(error).__name__}"
+
+
+if os.environ.get(OWNER):
+    watch(os.environ[OWNER])

@@ -77,7 +77,9 @@ class Claims:
         """Whether another process that may want the same windows holds any. Also takes away what
         is a day old. May run in a thread beside `take`."""
         found = self._root.claims(self._prior)
-        found.pop(self._asked, None)
+        asked = self._asked
+        if asked in found and self._root.claimant(self._prior, asked) == self._me:
+            del found[asked]
         for name, written in found.items():
             if name not in self._mine and time.time() - written > _DAY:
                 with contextlib.suppress(OSError, CacheError):

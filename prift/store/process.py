@@ -38,6 +38,17 @@ def alive(name: str) -> bool | None:
     return now is None or now == int(started)
 
 
+def pid_of(name: str) -> int:
+    """The process id in a signature."""
+    return int(name.rsplit("-", 2)[1])
+
+
+def parent_of(pid: int) -> int | None:
+    """Id of the process that started this one; None where the system does not say."""
+    fields = _fields(pid)
+    return int(fields[1]) if fields else None
+
+
 @functools.cache
 def _machine() -> str:
     found = [socket.gethostname()]
@@ -50,8 +61,15 @@ def _machine() -> str:
 def _started(pid: int) -> int | None:
     """In ticks since the machine started; 0 for one that is dead and waits to be noticed; None
     where the system does not say."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return 0 if fields[0] in "ZX" else int(fields[19])
-    except (OSError, ValueError, IndexError):
+    fields = _fields(pid)
+    if len(fields) < 20:
         return None
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _fields(pid: int) -> list[str]:
+    """What Linux says of a process, from its state on; nothing where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

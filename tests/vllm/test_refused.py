@@ -15,7 +15,7 @@ from tests.cli_fixtures import precompute, refused
         (["--engine-arg", "dtype=half"], "--engine-arg dtype is set by prift itself: use --dtype"),
         (["--engine-arg", "hf_overrides={}"], "--engine-arg hf_overrides is set by prift itself"),
         (["--engine-arg", "max-model-len=9"], "vLLM calls it max_model_len"),
-        (["--engine-arg", "load_format=dummy"], "would score a model without weights"),
+        (["--engine-arg", "load_format=dummy"], "load_format is set by prift itself"),
         (["--engine-arg", "compilation_config={"], "is no JSON"),
         (["--vllm-mode", "bounds", "--statistics", "extended"], "has no --statistics extended"),
     ],
