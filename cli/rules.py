@@ -66,7 +66,8 @@ def _show_preset(name: str, preset: Any, json_output: bool) -> None:
         click.echo(json.dumps({"preset": name, **_stands_for(preset), "options": preset.arguments}))
         return
     click.echo(f"{name}: what --preset {name} stands for\n")
-    for key, text in _stands_for(preset).items():
+    rows = {**_stands_for(preset), "takes": ", ".join(preset.leaves)}
+    for key, text in rows.items():
         click.echo(f"{key.ljust(9)} {text or 'none'}")
 
 

@@ -47,11 +47,11 @@ class TrainCommand(Command):
 )
 @click.option(
     "--normalize",
-    type=click.Choice(["tokens", "kept", "weights", "sequence", "micro-batch"]),
+    type=click.Choice(["tokens", "kept", "weights", "sequence", "micro-batch", "micro-batch-sum"]),
     default="tokens",
     show_default=True,
     help="What a step's loss is divided by: its label tokens, those of nonzero weight, the sum of "
-    "weights; or the mean over its sequences, or of its micro-batches' means.",
+    "weights; or the mean over its sequences, or of its micro-batches' means, or their sum.",
 )
 @click.option(
     "--anchor",

@@ -156,7 +156,7 @@ def _of_preset(ctx: click.Context, given: dict[str, Any], options: dict[str, Any
     from prift.presets import preset
 
     names = ("method", "rule", "source", "mix", "min_weight", "max_weight")
-    beside = {name: given[name] or None for name in names} | {"rule_arg": _arguments(given)}
+    beside = {name: given[name] for name in names} | {"rule_arg": _arguments(given)}
     beside |= {name: options[name] for name in ("normalize", "anchor") if _said(ctx, name)}
     found = preset(given["preset"], beside)
     if "normalize" in options:

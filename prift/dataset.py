@@ -23,9 +23,10 @@ class PriorDataset(torch.utils.data.Dataset):
 
     examples   the examples
     prior      statistics by name, flat over all label tokens of all examples in order; may be
-               empty. Among them 'weights' (float32), where those are known beforehand
+               empty. Among them 'weights' (float32), where the prior's decide them
     cut        whether sequences are cut by those weights
     normalize  what the loss is divided by: one of normalizers.DENOMINATORS
+    weights    float32, flat likewise: where they are known beforehand and not among `prior`
 
     An item has input_ids (int32 [T]), places, targets and roles (int64, int32 and uint8 [N], of its
     label tokens), prior and weights (each [N]), scale (of its loss), index, and, counted before
@@ -41,9 +42,11 @@ class PriorDataset(torch.utils.data.Dataset):
         prior: Mapping[str, np.ndarray],
         cut: bool = False,
         normalize: str = "tokens",
+        weights: np.ndarray | None = None,
     ):
         self.examples, self.prior, self.normalize = examples, prior, normalize
-        self._weights, self._names = prior.get("weights"), [n for n in prior if n != "weights"]
+        self._weights = prior.get("weights") if weights is None else weights
+        self._names = [n for n in prior if n != "weights"]
         self._denominator, self._each = DENOMINATORS[normalize], normalize == "sequence"
         self.lengths, self._counts = examples.lengths, examples.label_counts
         self._kept, self._begins = self._counts, np.cumsum(self._counts) - self._counts

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from prift.chunk import Chunk
 from prift.fold import Fold
+from prift.gradients import Gradients, wide
 from prift.heads import Head
-from prift.products import add_pull_back, add_turned
 from prift.stats import TokenStats, tile_sums
 from prift.terms import Anchor, Asked, Online, Terms
 from prift.weigher import Weigher
@@ -184,8 +184,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         R, V = len(targets_R), weight_VH.shape[0]
         nll_R = hidden_RH.new_empty(R, dtype=torch.float32)
         weights_R, values_R = torch.empty_like(nll_R), torch.empty_like(nll_R)
-        grads = _Gradients(
-            torch.empty_like(hidden_RH) if wants_hidden else None,
+        grads = Gradients(
+            torch.empty_like(hidden_RH, dtype=wide(hidden_RH)) if wants_hidden else None,
             hidden_RH.new_zeros(weight_VH.shape, dtype=torch.float32) if wants_weight else None,
             hidden_RH.new_zeros(V, dtype=torch.float32) if wants_bias else None,
         )
@@ -199,8 +199,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             if wanted:
                 grads.add(rows, chunk, slopes_C)
             del chunk, found  # before the next one's logits are made
+        grads.hold(1.0)
         ctx.grads = grads.hidden_RH, grads.weight_VH, grads.bias_V
-        ctx.dtypes = weight_VH.dtype, None if bias_V is None else bias_V.dtype
+        ctx.dtypes = hidden_RH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(nll_R, weights_R)
         return values_R.sum(), nll_R, weights_R
 
@@ -208,42 +209,15 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, _nll: Tensor, _weights: Tensor):
         grad_RH, grad_VH, grad_V = ctx.grads
         ctx.grads = None  # scaled in place: this graph cannot be walked twice
-        weight_dtype, bias_dtype = ctx.dtypes
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_RH is None else grad_RH.mul_(grad_loss),
+            None if grad_RH is None else grad_RH.mul_(grad_loss).to(hidden_dtype),
             None if grad_VH is None else grad_VH.mul_(grad_loss).to(weight_dtype),
             None if grad_V is None else grad_V.mul_(grad_loss).to(bias_dtype),
             None,
             None,
             None,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Gradients:
-    """What is summed up over chunks; None where nobody needs it.
-
-    hidden_RH in hidden's dtype; weight_VH, bias_V float32
-    """
-
-    hidden_RH: Tensor | None
-    weight_VH: Tensor | None
-    bias_V: Tensor | None
-
-    def add(self, rows: slice, chunk: Chunk | WholeChunk, slopes_C: Tensor) -> None:
-        """The gradients over one chunk's rows of what has this derivative by their nll."""
-        h_CH = chunk.hidden_CH
-        grad_CH = torch.zeros_like(h_CH, dtype=torch.float32)
-        for tile, g_CT in chunk.gradients(slopes_C):
-            if self.bias_V is not None:
-                self.bias_V[tile] += g_CT.sum(0)
-            g_CT = g_CT.to(h_CH.dtype)
-            if self.hidden_RH is not None:
-                add_pull_back(grad_CH, g_CT, chunk.head.weight[tile])
-            if self.weight_VH is not None:
-                add_turned(self.weight_VH[tile], g_CT, h_CH)
-        if self.hidden_RH is not None:
-            self.hidden_RH[rows] = grad_CH
 
 
 def _chunk(head: Head, hidden_CH: Tensor, targets_C: Tensor, keep: bool) -> Chunk | WholeChunk:

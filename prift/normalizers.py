@@ -21,15 +21,23 @@ DENOMINATORS: dict[str, Callable[[np.ndarray], float]] = {
     "weights": lambda weights: float(np.abs(weights).sum(dtype=np.float64)),
     "sequence": lambda weights: 1,
     "micro-batch": len,
+    "micro-batch-sum": len,
 }
 """What an example's label tokens of these weights add to the denominator, by normaliser: of the
-step, or of its own micro-batch, whose means are averaged."""
+step, or of its own micro-batch."""
 
 _LATE: dict[str, Callable[[Tensor], Tensor]] = {
     "kept": torch.count_nonzero,
     "weights": lambda weights_N: weights_N.double().abs().sum(),
 }
 """The same of a micro-batch's weights, for the normalisers that look at them."""
+
+
+def means_averaged(normalize: str, accumulation: int, processes: int) -> int | None:
+    """By how many the sum of the micro-batches' own means is divided; None: the step has one
+    denominator. accumulation: micro-batches of a step in one process."""
+    every = {"micro-batch": accumulation * processes, "micro-batch-sum": processes}
+    return every.get(normalize)
 
 
 def is_late(normalize: str, known: bool) -> bool:

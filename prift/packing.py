@@ -6,6 +6,7 @@ gradient (gradient checkpointing) gets the same; without them the attention is t
 and a model whose attention was switched answers as it always did.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ def _attention(
     scale, seen = options
     fewer = {}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _takes_fewer(varlen_attn):
             fewer = {"enable_gqa": True}
         else:  # torch 2.11
             times = query.shape[1] // key.shape[1]
@@ -96,6 +97,12 @@ def _attention(
     return varlen_attn(
         query, key, value, ends, ends, longest, longest, scale=scale, window_size=seen, **fewer
     )
+
+
+@functools.cache
+def _takes_fewer(attention: Callable[..., Tensor]) -> bool:
+    """Whether it takes keys of fewer heads than the queries have."""
+    return "enable_gqa" in inspect.signature(attention).parameters
 
 
 def packed_hidden(

@@ -1,6 +1,6 @@
 """How what a rule keeps moves with one of its options: what `prift weigh` charts.
 
-All else of the rule stays, but shares of plain SFT and bounds of weights, which come behind it and
+All else of the rule stays, but shares of plain SFT and least weights, which come behind it and
 would keep every token, are left out.
 """
 
@@ -46,7 +46,7 @@ def sweeps(weighers: Sequence[Weigher], asked: Mapping[str, Sequence[str]]) -> l
     found: dict[tuple[str, str], Sweep] = {}
     unknown = set(asked)
     for one in weighers:
-        bare = replace(one, mix=0.0, least=None, most=None)
+        bare = replace(one, mix=0.0, least=None)
         for number, factor in enumerate(one.factors):
             unknown -= set(factor.rule.options())
             for option in factor.rule.options():

@@ -85,7 +85,7 @@ def train(
     config = load_config(folder, options.trust_remote_code)
     weight_files(folder)  # refuses a folder without them before the data are read
     _check_numbers(folder, config)
-    if is_late(options.normalize, options.weigher.source == "prior"):
+    if is_late(options.normalize, options.weigher.known):
         balanced = bool(getattr(config, "output_router_logits", False))
         check_late(options.normalize, training, balanced, options.anchor is not None)
     dtype = checkpoint_dtype(folder, config) if options.dtype == "auto" else options.dtype

@@ -1,9 +1,9 @@
 """transformers.Trainer with a weighted loss, honest metrics and what cut batches need of it.
 
 The loss of a step is the sum over its label tokens of weight * nll, divided by the number of its
-label tokens over all micro-batches and ranks, zero-weight tokens counted (the denominator of the
-PriFT authors' code, made exact under gradient accumulation). An anchor adds the mean of its factor
-* k3 over the same tokens.
+label tokens over all micro-batches and ranks, zero-weight tokens counted, or by what `--normalize`
+says. (The code of the PriFT authors divides each micro-batch by its own label tokens and adds up
+the gradients: `micro-batch-sum`.) An anchor adds the mean of its factor * k3 over the same tokens.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from prift.forward import LabelTokens, Weighted
 from prift.metrics import OF_A_CUT_TOKEN, SUMS, per_token, ratios
-from prift.normalizers import LateDivision, is_late
+from prift.normalizers import LateDivision, is_late, means_averaged
 from prift.order import OrderOfEpoch
 from prift.watch import LastStepLogged, StepGuard
 
@@ -97,8 +97,9 @@ class PriftTrainer(transformers.Trainer):
         weighted, num_labels, index = _taken(inputs, every_nll)
         denominator, labels = num_items_in_batch.float()
         share = num_labels / labels  # of this micro-batch in the step
-        if self.train_dataset.normalize == "micro-batch":
-            share = torch.ones_like(labels) / self._micro_batches()
+        averaged = self._means_averaged()
+        if averaged is not None:
+            share = torch.ones_like(labels) / averaged
             denominator = num_labels / share
         denominator = torch.where(denominator > 0, denominator, labels)  # no weight: a zero sum
         if self._anchor is not None:
@@ -119,9 +120,11 @@ class PriftTrainer(transformers.Trainer):
         loss = out["loss"] / denominator + out["auxiliary"] * share
         return loss * self.accelerator.num_processes  # data parallelism averages gradients
 
-    def _micro_batches(self) -> int:
-        """Of this step, in all processes, which have equally many."""
-        return self.current_gradient_accumulation_steps * self.accelerator.num_processes
+    def _means_averaged(self) -> int | None:
+        """See normalizers; all processes have equally many micro-batches."""
+        accumulation = self.current_gradient_accumulation_steps
+        normalize = self.train_dataset.normalize
+        return means_averaged(normalize, accumulation, self.accelerator.num_processes)
 
     def training_step(
         self,
@@ -130,8 +133,11 @@ class PriftTrainer(transformers.Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """The last micro-batch of a step knows what the step is divided by: its gradient is
-        corrected, and the loss of the step with it."""
+        corrected, and the loss of the step with it. Where gradients of means are added up, the
+        loss that is logged is the mean all the same."""
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.train_dataset.normalize == "micro-batch-sum":
+            return loss / self.current_gradient_accumulation_steps
         if self._late is None:
             return loss
         self._late.see_loss(loss)

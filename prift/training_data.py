@@ -18,20 +18,21 @@ from prift.errors import CacheError, OptionError
 from prift.identity import PriorIdentity
 from prift.mapped import MappedArrays, mapped_arrays
 from prift.models import turns_by_length
+from prift.normalizers import DENOMINATORS
 from prift.ranks import is_rank_zero
 from prift.request import digest, read_prior, request
 from prift.store.remote import open_root
 from prift.text.dataspec import DataSpec
 from prift.text.examples import Examples
 from prift.weigher import Weigher
-from prift.weighing import check_weights, weigh
+from prift.weighing import check_weights, weigh, weigh_without_statistics
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """What is trained, from what, into what. See `prift train --help`.
 
-    Raises OptionError for an anchor that is none.
+    Raises OptionError for an anchor or a normaliser that is none.
     """
 
     model: str
@@ -62,6 +63,10 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.anchor not in (None, *ANCHORS):
             raise OptionError(f"unknown anchor {self.anchor!r}. There is: {', '.join(ANCHORS)}.")
+        if self.normalize not in DENOMINATORS:
+            raise OptionError(
+                f"unknown --normalize {self.normalize!r}. There are: {', '.join(DENOMINATORS)}."
+            )
         if (self.anchor is None) != (self.anchor_weight is None):
             given, lacking = "--anchor k3", "--anchor-weight L, a factor of the anchor in the loss"
             if self.anchor is None:
@@ -79,15 +84,16 @@ class TrainOptions:
 
     @property
     def skips_rows(self) -> bool:
-        """Whether the tokens that no gradient comes from are known before training."""
-        return self.weigher.source == "prior" and not self.anchor
+        """Whether tokens that no gradient comes from are known before training."""
+        zeros = bool(self.weigher.needs) or self.weigher.by_role
+        return self.weigher.known and zeros and not self.anchor
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """What a run reads.
 
-    training    cut by its weights, where the rule's source is the prior
+    training    cut by its weights, where they are known beforehand
     evaluation  whole, or None
     prior       whose statistics these are, or None
     """
@@ -152,8 +158,11 @@ def load_data(
             say(f"{purpose}: drift is not measured: {trouble}")
         if options.anchor and (alone := int(np.isneginf(prior["logprob"]).sum())):
             say(f"{purpose}: {alone:,} label tokens have no chance under the prior, and no anchor")
+        weights = None
+        if weigher.source is None:
+            weights = weigh_without_statistics(weigher, examples)
         cut = options.skips_rows and not found and _ends_do_not_matter(config)
-        found.append(PriorDataset(examples, prior, cut, options.normalize))
+        found.append(PriorDataset(examples, prior, cut, options.normalize, weights))
     return TrainingData(found[0], found[1] if len(found) > 1 else None, tokenizer, identity)
 
 

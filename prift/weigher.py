@@ -5,9 +5,11 @@ statistics come from the frozen prior or from the model in training: that is `--
 makes DFT and PriFT-prob the same rule.
 """
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,6 +130,11 @@ class Weigher:
         return tuple(dict.fromkeys(n for f in self.factors for n in f.rule.base))
 
     @property
+    def known(self) -> bool:
+        """Whether its weights are known before training."""
+        return self.source != "online"
+
+    @property
     def by_role(self) -> bool:
         """Whether it asks whose words a token is."""
         return any("role_N" in factor.rule.given() for factor in self.factors)
@@ -139,7 +146,8 @@ class Weigher:
 
     @property
     def code(self) -> str:
-        """What decides its weights, the same text in every process: rules, options, source code."""
+        """What decides its weights, the same text in every process: rules, options, source code and
+        that of what stands beside it."""
         rules = [[f.rule.name, sorted(f.arguments.items()), _code(f.rule)] for f in self.factors]
         return repr([rules, self.source, self.mix, self.least, self.most])
 
@@ -179,11 +187,18 @@ class Weigher:
 
 
 def _code(rule: Rule) -> str:
+    """Its own source, and a digest of the files that it may call into."""
     try:
-        return inspect.getsource(rule.function)
+        own = inspect.getsource(rule.function)
+        file = inspect.getsourcefile(rule.function)
     except (OSError, TypeError):  # made without a file
         return rule.function.__code__.co_code.hex()
+    ours = rule.function.__module__.startswith("prift.")
+    beside = [Path(__file__).with_name(name) for name in _OF_OURS] if ours else [Path(file)]
+    return f"{own} {hashlib.sha256(b''.join(one.read_bytes() for one in beside)).hexdigest()}"
 
+
+_OF_OURS = ("rules.py", "comparing.py", "roles.py")
 
 RULES: dict[str, Rule] = {}
 

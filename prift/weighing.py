@@ -1,7 +1,7 @@
 """Weights that are known before training.
 
-A rule whose source is the prior weighs every label token of the data once: quantiles and medians
-of a rule of batch scope are those of the whole data set.
+A rule whose source is the prior, or that reads no statistics, weighs every label token of the data
+once: quantiles and medians of a rule of batch scope are those of the whole data set.
 """
 
 from collections.abc import Mapping
@@ -42,6 +42,19 @@ def weigh(
         role = torch.from_numpy(roles[own]) if weigher.by_role else None
         found = weigher(stats, sequence, _stats(base or {}, weigher.base, own), role)
         weights[own] = found.expand(own.stop - own.start).numpy()
+    return weights
+
+
+def weigh_without_statistics(weigher: Weigher, examples: Examples) -> np.ndarray:
+    """float32 [N]: the weight of each label token by rules that read no statistics; without memory
+    of its own where all weigh the same."""
+    asked = {name for factor in weigher.factors for name in factor.rule.given()}
+    if asked <= {"stats"}:
+        one = weigher(TokenStats())
+        return np.broadcast_to(one.numpy(), int(examples.label_counts.sum()))
+    roles = examples.label_roles() if weigher.by_role else None
+    weights = weigh(weigher, examples.label_counts, {}, roles=roles)
+    check_weights(weigher, weights, examples)
     return weights
 
 

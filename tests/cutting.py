@@ -26,7 +26,7 @@ from prift.text.examples import Examples
 from prift.trainer import PriftTrainer
 from prift.watch import StepGuard
 from prift.weigher import Weigher
-from prift.weighing import weigh
+from prift.weighing import weigh, weigh_without_statistics
 from tests import references, rule_references
 from tests.families import tiny
 from tests.grids import grid, labels_of
@@ -67,9 +67,11 @@ def weighed(
     normalize: str = "tokens",
     anchored: bool = False,
 ) -> PriorDataset:
-    """With the weights of a rule whose source is the prior, and cut by them unless anchored."""
+    """With the weights of a rule whose source is the prior, and cut by them unless anchored; with
+    those of one that reads nothing."""
     if chosen.source != "prior":
-        return PriorDataset(rows, prior, normalize=normalize)
+        weights = weigh_without_statistics(chosen, rows) if chosen.known else None
+        return PriorDataset(rows, prior, normalize=normalize, weights=weights)
     weights = weigh(chosen, rows.label_counts, prior)
     return PriorDataset(rows, prior | {"weights": weights}, not anchored, normalize)
 
@@ -144,10 +146,11 @@ def naive(
             scaled = weights
             if normalize == "sequence":
                 scaled = weights / labelled.sum(1, keepdim=True).clamp_min(1)
-            own = batch["num_labels"] if normalize == "micro-batch" else 1.0
+            own = batch["num_labels"] if normalize.startswith("micro-batch") else 1.0
             loss = loss + references.weighted_loss(logits, labels_of(batch), scaled, own)
             denominator += {
                 "micro-batch": 1,
+                "micro-batch-sum": ranks / len(batches),  # whose gradients are averaged alone
                 "tokens": batch["num_labels"],
                 "kept": int((weights[labelled] != 0).sum()),
                 "weights": float(weights[labelled].sum()),
@@ -165,7 +168,8 @@ def naive(
             for parameter in model.parameters():
                 parameter -= RATE * parameter.grad
                 parameter.grad = None
-        values = {"loss": float(loss.detach()), "grad_norm": float(norm)}
+        means = len(batches) / ranks if normalize == "micro-batch-sum" else 1
+        values = {"loss": float(loss.detach()) / means, "grad_norm": float(norm)}
         logged.append(values | metrics(np.array(table), anchored))
     return {
         "logged": logged,

@@ -1,6 +1,7 @@
 """The loss of one optimiser step as other programs reduce it, from full logits, with autograd.
 
-    loss_<preset>(step, model, prior) -> scalar
+    loss_<preset>(step, model, prior) -> scalar whose gradient the optimiser sees
+    logged(preset, loss, step) -> what that program logs of it
 
 step: micro-batches, each a list of rows (input_ids, labels with -100 where nothing is trained).
 model, prior: row -> logits [T, V] of the same dtype, the prior's without gradient. Written from
@@ -24,13 +25,18 @@ def _count(rows) -> int:
 
 
 def _prift(step, model, prior, weight):
-    """Each micro-batch: the sum over its tokens by their number; the mean over micro-batches."""
+    """Each micro-batch: the sum over its tokens by their number, of which the gradients add up."""
     total = 0.0
     for rows in step:
         pairs = zip(_tokens(rows, model), _tokens(rows, prior), strict=True)
         losses = [-z.log_softmax(0)[y] * weight(q.softmax(0), y) for (z, y), (q, _) in pairs]
-        total = total + sum(losses) / _count(rows) / len(step)
+        total = total + sum(losses) / _count(rows)
     return total
+
+
+def logged(name, loss, step):
+    """PriFT's code divides by the micro-batches once it has the gradients."""
+    return loss / len(step) if name.startswith("prift-code") else loss
 
 
 def loss_prift_code_prob(step, model, prior):

@@ -268,6 +268,8 @@ def test_from_the_command_line(model, data, tmp_path):
     cli.refused(other, "anchor_weight 0.05, not 1.0")
 
 
-def test_an_anchor_of_another_kind():
+def test_an_anchor_and_a_normaliser_of_another_kind():
+    with pytest.raises(OptionError, match="unknown --normalize 'x'. There are: tokens, kept"):
+        TrainOptions("m", "out", None, weigher("uniform", None, {}), normalize="x")
     with pytest.raises(OptionError, match="unknown anchor 'k1'. There is: k3"):
         TrainOptions("m", "out", None, weigher("uniform", None, {}), anchor="k1", anchor_weight=1)

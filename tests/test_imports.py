@@ -43,7 +43,6 @@ LAYERS = {
         "memory",
         "signals",
         "order",
-        "presets",
         "roles",
     },
     # one concern each, on top of those
@@ -59,6 +58,7 @@ LAYERS = {
         "packcheck",
         "fold",
         "chunk",
+        "gradients",
         "wholechunk",
         "lora",
         "text.messages",
@@ -84,6 +84,7 @@ LAYERS = {
         "watch",
         "arguments",
         "normalizers",
+        "presets",
     }
     | {"store.claims", "shards"},
     # examples, the loss, who runs the prior
@@ -123,7 +124,7 @@ def source_of(folder: str) -> dict[str, Path]:
 
 PRODUCTS = {"errors", "home", "native", "products"}
 NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "wholechunk", "weigher"}
-LOSS = NUMBERS | {"anchor", "terms"}
+LOSS = NUMBERS | {"anchor", "terms", "gradients"}
 CACHE = {
     "errors",
     "home",
@@ -173,6 +174,7 @@ REACH = {
     "terms": {"errors", "stats", "weigher", "anchor"},
     "chunk": PRODUCTS | {"heads", "stats", "fold"},
     "wholechunk": PRODUCTS | {"heads", "stats", "fold"},
+    "gradients": PRODUCTS | {"heads", "stats", "fold", "chunk", "wholechunk"},
     "loss": LOSS,
     "fused": LOSS | {"loss", "memory"},
     "packing": PRODUCTS | {"heads"},

@@ -206,7 +206,7 @@ def test_evaluation_makes_no_gradient(monkeypatch):
     hidden, weight, bias, targets = case(9, seed=4)
     head, sft = Head(weight, bias), weigher("uniform", None, {})
     made = []
-    monkeypatch.setattr(loss_module._Gradients, "add", lambda *_: made.append(1))
+    monkeypatch.setattr(loss_module.Gradients, "add", lambda *_: made.append(1))
     with torch.no_grad():
         weighted_loss(hidden, head, targets, sft, None)
     assert not made
@@ -246,3 +246,42 @@ def test_any_chunking_gives_the_same_loss(rows, chunk, seed):
         finally:
             loss_module._CHUNK_ROWS = kept
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slope", [1e-3, 1e-6, 1e3, "mixed"])
+def test_float16_keeps_small_weights_and_large_ones(slope, monkeypatch, way):
+    """The products are of float16, and the factor of --fp16 reaches the loss behind them. Budget:
+    two roundings to float16, of the gradient at the logits and of the sum."""
+    monkeypatch.setattr(loss_module, "_CHUNK_ROWS", (1, 7))
+    hidden, weight, bias, _ = case(40, seed=3, dtype=torch.float16)
+    targets = (hidden @ weight.T + bias).argmax(1)  # of sure tokens all gradients are small
+    values = torch.rand(40) + 0.5
+    values *= (
+        10.0 ** torch.arange(-20, 20).div(4, rounding_mode="floor") if slope == "mixed" else slope
+    )
+    chosen, prior = given_weights(values)
+    expected = naive(hidden, weight, bias, targets, values)
+    factor = 1024.0 / float(values.max())  # a loss scale: what the leaves get is of float16
+    ours = weighted_loss(hidden, Head(weight, bias), targets, chosen, prior)
+    (ours.loss * factor).backward()
+    for leaf, wanted in zip((hidden, weight, bias), expected[2], strict=True):
+        assert (leaf.grad.double() / factor - wanted).norm() <= 2 * 2**-11 * wanted.norm()
+    others = torch.ones(V, dtype=torch.bool)
+    others[targets] = False  # of the vocabulary, each of which is rather unlikely
+    found, wanted = weight.grad[others].double() / factor, expected[2][1][others]
+    assert (found - wanted).norm() <= 2 * 2**-11 * wanted.norm()
+
+
+def test_float16_bears_an_anchor_that_pulls_hard(way):
+    """Tokens that the model gave up: a slope of a million is beyond float16."""
+    hidden, weight, bias, targets = case(9, seed=4, dtype=torch.float16)
+    logits = hidden.double() @ weight.double().T + bias.double()
+    log_p = logits.log_softmax(1)[torch.arange(9), targets].detach()
+    log_q = (log_p + torch.arange(9.0) + 6).float()
+    prior = TokenStats(logprob=log_q)
+    expected = naive(hidden, weight, bias, targets, torch.ones(9), anchor=(1.0, log_q))
+    chosen = weigher("uniform", None, {})
+    ours = weighted_loss(hidden, Head(weight, bias), targets, chosen, prior, anchor=1.0)
+    (ours.loss * 2.0**-10).backward()
+    for leaf, wanted in zip((hidden, weight, bias), expected[2], strict=True):
+        assert (leaf.grad.double() * 2**10 - wanted).norm() <= 2 * 2**-11 * wanted.norm()

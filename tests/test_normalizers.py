@@ -17,10 +17,11 @@ from tests.test_cutting import assert_equal, two_ranks
 def test_denominators_by_hand():
     weights = np.array([0.5, 0.0, -2.0], np.float32)
     found = {name: DENOMINATORS[name](weights) for name in DENOMINATORS}
-    assert found == {"tokens": 3, "kept": 2, "weights": 2.5, "sequence": 1, "micro-batch": 3}
+    own = {"micro-batch": 3, "micro-batch-sum": 3}
+    assert found == {"tokens": 3, "kept": 2, "weights": 2.5, "sequence": 1} | own
 
 
-@pytest.mark.parametrize("method", ["prift-prob", "prift-mass"])
+@pytest.mark.parametrize("method", ["sft", "prift-prob", "prift-mass"])
 @pytest.mark.parametrize("normalize", ["kept", "weights", "sequence"])
 def test_training_divides_by_what_was_asked_for(tmp_path, method, normalize):
     """Over two micro-batches, one of which has nothing to run."""
@@ -41,9 +42,27 @@ def test_each_micro_batch_has_its_own_mean(tmp_path, method, accumulation, ancho
     assert (np.abs(np.subtract(*losses)) > 5e-5 * np.array(losses[0])).any() == (accumulation > 1)
 
 
+@pytest.mark.parametrize(("method", "anchored"), [("prift-mass", False), ("dft", True)])
+def test_the_means_of_micro_batches_add_up(tmp_path, method, anchored):
+    """Two unequal ones a step: gradients and their norm are those of the sum of their means, the
+    loss logged is its half."""
+    more = {"normalize": "micro-batch-sum", "anchored": anchored}
+    ours = cutting.run(tmp_path, method, 2, **more)
+    assert_equal(ours, method, 2, **more)
+
+
 def test_two_ranks_average_the_means_of_their_micro_batches(tmp_path):
     ours = two_ranks(tmp_path, "prift-prob", 1, "micro-batch")
     assert_equal(ours, "prift-prob", 2, ranks=2, normalize="micro-batch")
+
+
+def test_two_ranks_average_the_sums_of_their_means(tmp_path):
+    """Six batches, two a step on each rank; of the second step one is left for each."""
+    ours = two_ranks(tmp_path, "prift-prob", 2, "micro-batch-sum")
+    exact = cutting.naive("prift-prob", 4, ranks=2, normalize="micro-batch-sum")
+    for name in ("loss", "grad_norm"):
+        found, wanted = ([e[name] for e in run["logged"][:2]] for run in (ours, exact))
+        assert len(found) == 2 and found == pytest.approx(wanted, rel=2e-5)
 
 
 def test_an_epochs_last_step_may_have_fewer_micro_batches(tmp_path):
@@ -56,10 +75,9 @@ def test_an_epochs_last_step_may_have_fewer_micro_batches(tmp_path):
         assert len(found) == 2 and found == pytest.approx(wanted, rel=2e-5)
 
 
-@pytest.mark.parametrize("method", ["sft", "dft"])
-def test_a_mean_over_sequences_needs_no_weights_beforehand(tmp_path, method):
-    ours = cutting.run(tmp_path, method, 2, normalize="sequence")
-    assert_equal(ours, method, 2, normalize="sequence")
+def test_a_mean_over_sequences_needs_no_weights_beforehand(tmp_path):
+    ours = cutting.run(tmp_path, "dft", 2, normalize="sequence")
+    assert_equal(ours, "dft", 2, normalize="sequence")
 
 
 @pytest.mark.parametrize("normalize", [pytest.param("kept", marks=pytest.mark.slow), "weights"])
@@ -72,7 +90,7 @@ def test_two_ranks_divide_by_what_both_have(tmp_path, normalize):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
     ("method", "normalize"),
-    [("dft", "weights"), ("online-rank", "kept"), ("online-rank", "weights"), ("sft", "kept")],
+    [("dft", "weights"), ("online-rank", "kept"), ("online-rank", "weights")],
 )
 def test_what_is_known_only_after_the_step(tmp_path, method, normalize, accumulation, packed):
     """Losses, gradient norms and parameters, of unequal micro-batches and of a step in which
@@ -148,3 +166,17 @@ def test_from_the_command_line(model, data, tmp_path):
     words = ("--method", "dft", "--normalize", "weights", "--anchor", "k3", "--anchor-weight", "1")
     refused = cli.train(model, data, tmp_path / "out", *words)
     cli.refused(refused, "--normalize weights is refused here", "--source prior")
+
+
+def test_weights_that_need_no_statistics_are_known_before_the_step(model, data, tmp_path):
+    """Nothing of a step of plain SFT hangs on what comes after it: it may have an anchor."""
+    found = {}
+    for normalize in ("tokens", "kept"):
+        cache = str(tmp_path / "cache")
+        cli.succeeded(cli.prift("precompute", "--model", model, "--data", data, "--cache", cache))
+        words = ("--cache", cache, "--method", "sft", "--anchor", "k3", "--anchor-weight", "1")
+        words += ("--normalize", normalize, "--json")
+        done = cli.train(model, data, tmp_path / normalize, *words)
+        cli.succeeded(done)
+        found[normalize] = json.loads(done.stdout)["metrics"]["nll"]
+    assert found["kept"] == pytest.approx(found["tokens"], rel=1e-6)

@@ -58,19 +58,23 @@ def train(lab: Lab, output, name: str, *words: str):
     return cli.train(lab.model, lab.data, output, *given, "--", *flags)
 
 
-def naive(lab: Lab, name: str, dtype) -> dict[str, torch.Tensor]:
-    """Parameters after STEPS steps of plain gradient descent on that program's loss."""
+def naive(lab: Lab, name: str, dtype, logged: list | None = None) -> dict[str, torch.Tensor]:
+    """Parameters after STEPS steps of plain gradient descent on that program's loss; what it logs
+    is added to `logged`."""
     model, prior = (tf.AutoModelForCausalLM.from_pretrained(lab.model, dtype=dtype) for _ in "mp")
     data = [(row["input_ids"], row["labels"]) for row in rows(lab)]
     loss_of = getattr(preset_references, f"loss_{name.replace('-', '_')}")
     for step in range(STEPS):
         begins = [(step * ACCUMULATION + n) * BATCH for n in range(ACCUMULATION)]
         micro = [data[begin : begin + BATCH] for begin in begins]
-        loss_of(
+        loss = loss_of(
             micro,
             lambda ids: model(torch.tensor([ids])).logits[0],
             lambda ids: prior(torch.tensor([ids])).logits[0].detach(),
-        ).backward()
+        )
+        loss.backward()
+        if logged is not None:
+            logged.append(float(preset_references.logged(name, loss.detach(), micro)))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= RATE * parameter.grad
@@ -88,12 +92,15 @@ def budgets(lab: Lab, exact: dict, rounded: dict) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_takes_the_steps_of_its_program(lab, tmp_path, name):
-    """Several of them, over unequal micro-batches."""
+    """Several of them, over three unequal micro-batches each, and logs what it does."""
     if PRESETS[name].rule == "eaft":
         assert len(tf.AutoTokenizer.from_pretrained(lab.model)) > 20
     cli.succeeded(train(lab, tmp_path / "out", name))
     ours = load_file(tmp_path / "out" / "model.safetensors")
-    exact, rounded = naive(lab, name, torch.float64), naive(lab, name, torch.float32)
+    logged, state = [], json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    exact, rounded = naive(lab, name, torch.float64, logged), naive(lab, name, torch.float32)
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses == pytest.approx(logged, rel=2e-5)
     for n, budget in budgets(lab, exact, rounded).items():
         assert float((ours[n].double() - exact[n]).norm()) <= budget, n
 
@@ -128,7 +135,7 @@ def test_what_is_written_of_a_run_is_a_config_of_it(lab, tmp_path):
     cli.succeeded(train(lab, tmp_path / "out", "prift-code-mass", "--rule-arg", "threshold=0.3"))
     config = tmp_path / "out" / "prift.yaml"
     written = yaml.safe_load(config.read_text())
-    assert (written["preset"], written["normalize"]) == ("prift-code-mass", "micro-batch")
+    assert (written["preset"], written["normalize"]) == ("prift-code-mass", "micro-batch-sum")
     cli.succeeded(cli.prift("train", "--config", config, "--output", tmp_path / "again"))
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "again"))
     assert all(torch.equal(one[n], two[n]) for n in one)
@@ -140,24 +147,49 @@ def test_what_is_written_of_a_run_is_a_config_of_it(lab, tmp_path):
         (("--rule", "prob"), "has its own weights, so --rule prob contradicts it"),
         (("--method", "sft"), "has its own weights, so --method sft contradicts it"),
         (("--source", "online"), "is --source prior, so --source online contradicts it"),
-        (("--normalize", "kept"), "is --normalize micro-batch, so --normalize kept contradicts"),
-        (("--normalize", "tokens"), "is --normalize micro-batch, so --normalize tokens contradi"),
+        (("--normalize", "kept"), "is --normalize micro-batch-sum, so --normalize kept contra"),
+        (("--normalize", "tokens"), "is --normalize micro-batch-sum, so --normalize tokens con"),
         (("--mix", "0.1"), "so --mix 0.1 contradicts it: leave one of them out"),
         (("--min-weight", "0.1"), "so --min-weight 0.1 contradicts it"),
         (("--max-weight", "0.5"), "so --max-weight 0.5 contradicts it"),
+        (("--max-weight", "0"), "so --max-weight 0.0 contradicts it"),
+        (("--min-weight", "0"), "so --min-weight 0.0 contradicts it"),
         (("--ties", "paper"), "is --rule-arg ties=official-code, not ties=paper"),
         (("--rule-arg", "ties=paper"), "is --rule-arg ties=official-code, not ties=paper"),
         (("--anchor", "k3", "--anchor-weight", "0.1"), "so --anchor k3 contradicts it"),
-        (("--rule-arg", "nope=1"), "rule mass has no argument 'nope'"),
+        (("--rule-arg", "nope=1"), "has no --rule-arg nope=1, as its program has no such option"),
     ],
 )
 def test_what_contradicts_a_preset_is_refused_by_name(lab, tmp_path, words, message):
     said = cli.refused(train(lab, tmp_path / "out", "prift-code-mass", *words), message)
-    assert "no argument" in message or "--preset prift-code-mass" in said
+    assert "--preset prift-code-mass" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("trl-dft", "power", "2", "power=2, as its program has no such option. It takes: none."),
+        ("prift-code-prob", "power", "1", "has no --rule-arg power=1"),
+        ("llamafactory-eaft", "divisor", "1", "divisor=1, .* It takes: alpha."),
+        ("axolotl-eaft", "divisor", "3", "is --rule-arg divisor=1, not divisor=3"),
+        ("axolotl-eaft", "divisor", "x", "divisor=x is not a float"),
+    ],
+)
+def test_arguments_that_its_program_has_not_are_refused(name, key, value, message):
+    with pytest.raises(OptionError, match=message):
+        preset(name, {"rule_arg": {key: value}})
+
+
+def test_arguments_that_its_program_has_are_taken():
+    found = preset("axolotl-eaft", {"rule_arg": {"alpha": "2", "divisor": "1.0"}, "mix": 0.0})
+    assert found.arguments == {"divisor": "1", "alpha": "2"}
+    found = preset("prift-code-mass", {"rule_arg": {"mass.threshold": "0.3"}})
+    assert found.arguments == {"ties": "official-code", "threshold": "0.3"}
 
 
 def test_what_agrees_with_a_preset_is_no_contradiction():
-    given = {"source": "prior", "normalize": "micro-batch", "rule_arg": {"ties": "official-code"}}
+    given = {"source": "prior", "normalize": "micro-batch-sum"}
+    given["rule_arg"] = {"ties": "official-code"}
     found = preset("prift-code-mass", {**given, "rule": None})
     assert found == PRESETS["prift-code-mass"]
     with pytest.raises(OptionError, match="unknown --preset 'nope'. Presets: prift-code-prob, "):

@@ -1,10 +1,12 @@
 """`prift weigh`: what rules would do to a data set."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
 
 from prift.cache import PriorCache, list_priors
@@ -14,6 +16,7 @@ from prift.preview import PreviewOptions, preview
 from prift.request import request
 from prift.text.dataspec import DataSpec
 from prift.text.examples import TextOptions
+from prift.weigher import Rule, Weigher
 from tests import cli_fixtures as cli
 from tests.lab import Lab
 from tests.toy_tokenizers import byte_level
@@ -147,7 +150,7 @@ def test_thresholds_are_compared(lab):
 
 def test_each_option_that_decides_what_is_kept_is_compared(lab):
     """Whatever rule has it, alone and in a product; the value given is among those compared, and
-    mixes and bounds, which keep every token, are left out."""
+    mixes and least weights, which keep every token, are left out."""
     tokens = naive(lab)
     q = np.array([t["prob"] for t in tokens])
     product = weigher("threshold*prob", "prior", {"low": "0.03", "high": "0.8"}, mix=0.5)
@@ -171,6 +174,20 @@ def test_each_option_that_decides_what_is_kept_is_compared(lab):
     for row in high["values"]:  # none below 0.03
         kept = (q <= row["value"]) & (q >= 0.03)
         assert row["value"] > 0.03 and row["kept_share"] == pytest.approx(kept.mean())
+
+
+def test_weights_that_are_bounded_are_compared_as_bounded(lab):
+    """Without --max-weight they would not be finite, and refused."""
+
+    def steep(stats, *, low=0.1):
+        return torch.where(stats.logprob.exp() >= low, torch.inf, 0.0)
+
+    rule = Rule("steep", ("logprob",), steep, cuts={"low": (0.05, 0.2)})
+    (chart, _) = run(lab, replace(Weigher.of(rule, "prior"), most=2.0))["thresholds"]
+    q = np.array([t["prob"] for t in naive(lab)])
+    for row in chart["values"]:
+        assert row["mean_weight"] == pytest.approx(2 * (q >= row["value"]).mean())
+    assert len(chart["values"]) == 3
 
 
 def test_values_asked_for_are_compared(lab):

@@ -124,3 +124,29 @@ def test_the_same_ids_in_other_roles_have_other_weights(tmp_path):
     np.testing.assert_allclose(second[0], np.exp(first[1]) * [0.25, 0.25, 1], rtol=1e-6)
     for one in found:
         one.close()
+
+
+def test_prompts_without_weight_are_not_run(tmp_path):
+    """Roles alone say which tokens those are; of a row that ends in one, the end is cut off."""
+    lab = Lab(tmp_path, rows=1)
+    rows = [([5, 6, 7, 8], [-100, 6, -100, -100]), ([5, 6], [-100, -100]), ([5, 9], [-100, 9])]
+    Path(lab.data).write_text(
+        "".join(json.dumps({"input_ids": i, "labels": x}) + "\n" for i, x in rows)
+    )
+    chosen, config = weigher("wit", None, {}), tf.AutoConfig.from_pretrained(lab.model)
+    options = TrainOptions(lab.model, "out", lab.spec(labels="all"), chosen, normalize="kept")
+    found = load_data(options, Path(lab.model), config, lambda line: None).training
+    items = [found[i] for i in range(len(found))]
+    assert options.skips_rows and found.weighed and found.lengths.tolist() == [1, 0, 1]
+    assert [item["weights"].tolist() for item in items] == [[1], [], [1]]
+    assert [item["denominator"] for item in items] == [1, 0, 1]
+    assert found.whole(0)["weights"].tolist() == [1, 0, 0]
+
+
+def test_plain_training_is_weighed_without_memory(tmp_path):
+    lab = Lab(tmp_path, rows=2)
+    config = tf.AutoConfig.from_pretrained(lab.model)
+    options = TrainOptions(lab.model, "out", lab.spec(), weigher("uniform", None, {}))
+    found = load_data(options, Path(lab.model), config, lambda line: None).training
+    assert not options.skips_rows and found.weighed and found._weights.strides == (0,)
+    assert set(found[0]["weights"].tolist()) == {1.0}

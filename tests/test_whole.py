@@ -105,7 +105,7 @@ SYSTEM_LAST = (  # Mistral's writes the system's words into the last turn of the
 @pytest.mark.parametrize(
     ("template", "first", "user"),
     [
-        (DROPS_REASONING, None, "\n" + said("user", "go")),
+        (DROPS_REASONING, None, said("user", "go")),
         (SYSTEM_LAST, SYSTEM, "[INST]Beep\ngo[/INST]"),
         # Phi-3's: where its end of turn ends cannot be told, only where the contents begin
         (CHATML + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}", None,
@@ -122,6 +122,25 @@ def test_a_conversation_that_is_split_trains_each_turn_once(template, first, use
     assert trained[0] == ("USER", user) and trained[1][1].startswith("fast")
     assert "Hello" not in "".join(t for r, t in two if r.isupper())
     assert "How can" not in "".join(t for r, t in two if r.isupper())
+
+
+@pytest.mark.parametrize("last", ["user", "assistant"])
+def test_what_is_behind_the_last_trained_turn_is_trained_too(last):
+    """A turn that nobody answers, and one that the row bars; in a part of its own, once."""
+    messages = [dict(m) for m in HI] + [{"role": last, "content": "bye"}]
+    messages[1]["reasoning_content"] = "hm"
+    trained = [None, True, None, True, None if last == "user" else False]
+    parts = pieces(DROPS_REASONING, messages, trained)
+    assert len(parts) == 3
+    behind = [(role, text) for role, text in parts[2] if role.isupper()]
+    if last == "user":
+        assert behind == [("USER", said("user", "bye"))]
+    else:
+        assert behind == [("PROMPT", "<|im_start|>assistant\n"), ("PROMPT", "\n")]
+    every = "".join(text for part in parts for role, text in part if role.isupper())
+    assert [every.count(word) for word in ("Hello", "How can", "go<", "fast")] == [1] * 4
+    lines = sum(said(m["role"], m["content"]).count("\n") for m in messages)
+    assert every.count("\n") == lines
 
 
 def test_a_turn_that_cannot_be_told_is_refused():

@@ -3,7 +3,8 @@
 A turn's boundaries come from the template's generation marks, or from rendering prefixes of the
 conversation. Each prefix must be a text prefix of the whole. Templates that drop earlier reasoning
 break this; then every trained turn becomes an example of its own, cut behind that turn, which is
-what the model sees when it generates that turn.
+what the model sees when it generates that turn; and where every turn is trained, what is behind the
+last of them one more.
 """
 
 import datetime
@@ -155,6 +156,8 @@ def render_chat(chat: Chat, template: Template, everything: bool = False) -> Ren
                 "told. Give a template with {% generation %} marks with --chat-template FILE"
             )
         parts.append((text, i, {i: span}))
+    if everything and turns[-1] < end:  # what nobody answers, or an answer that the row bars
+        parts.append((whole, end, {}))
     return replace(_rendered(parts, chat, template, everything), split=True)
 
 

@@ -49,11 +49,13 @@ class TextOptions:
 class Store:
     """Growing flat arrays: examples in the order of reading, each once.
 
-    marks  one byte a token: twice its role, and 1 more where it is a label
+    marks   one byte a token: twice its role, and 1 more where it is a label
+    labels  label tokens of each example
     """
 
     def __init__(self) -> None:
         self.ids, self.marks, self.offsets = array("i"), bytearray(), array("q", [0])
+        self.labels = array("q")
         self.files: list[str] = []
         self.file, self.line = array("i"), array("q")
 
@@ -64,6 +66,7 @@ class Store:
         self.ids.frombytes(encoded.input_ids.tobytes())
         self.marks += (encoded.roles << 1 | encoded.label_mask).tobytes()
         self.offsets.append(len(self.ids))
+        self.labels.append(int(encoded.label_mask.sum()))
         if not self.files or self.files[-1] != row.file:
             self.files.append(row.file)
         self.file.append(len(self.files) - 1)

@@ -37,7 +37,7 @@ class Whole:
         Turns that the row itself bars from training are not trained. Raises DataError where they
         cannot be told.
         """
-        at = 0 if turn < 0 else self._end(turn)
+        at = 0 if turn < 0 else self._seam(turn)
         if at is None:
             raise _unknown(turn)
         trained, roles = [], []
@@ -54,6 +54,16 @@ class Whole:
             trained += [(at, begin), (stop, end)] if barred else [(at, end)]
             at = end
         return _joined([*trained, (at, len(self.text))]), roles
+
+    def _seam(self, turn: int) -> int | None:
+        """Where a message ends with the white space that its own text ended in, which was trained
+        there; None where it cannot be told."""
+        end, own = self._end(turn), self._rendered(self.chat.messages[: turn + 1])
+        if end is None or own is None:
+            return end
+        space = own[len(own.rstrip()) :]
+        trained = self.text[:end].endswith(space) or not self.text.startswith(space, end)
+        return end if trained else end + len(space)
 
     def _end(self, turn: int) -> int | None:
         """Where a message's text ends; None where it cannot be told."""
