@@ -31,12 +31,12 @@ def test_what_is_known_is_right_and_what_lies_beyond_the_list_is_not_known(V, K)
         last = truth["rank"] + truth["n_tie"] - 1
         if truth["rank"] > K + 1:
             assert not known[i]
-        if last <= min(K, V - 1) and truth["log_mass_rank"] > math.log(0.01):
+        if last <= min(K, V - 1) and truth["log_mass_rank"] > math.log(0.35) or K >= V:
             assert known[i], i
         if known[i]:
             assert stats.rank[i] == truth["rank"] and stats.n_tie[i] == truth["n_tie"]
             assert abs(stats.logprob[i] - truth["logprob"]) < 1e-5
-            assert abs(stats.log_mass_rank[i] - truth["log_mass_rank"]) <= SLACK
+            assert abs(stats.log_mass_rank[i] - truth["log_mass_rank"]) <= SLACK / 2
             assert (stats.log_mass_rank[i] == 0) == (truth["rank"] == 1)
     assert known.any()
 
@@ -52,7 +52,7 @@ def test_a_token_deep_below_a_peak_is_known_where_the_list_is_whole_and_else_not
 
 
 def test_ties_across_the_end_of_the_list_are_not_known():
-    logits = torch.tensor([[3.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
+    logits = torch.tensor([[1.1, 1.0, 0.9, 0.9, 0.9, 0.0]])
     for K, sure in [(1, False), (2, False), (3, True), (4, True)]:
         # K = 2 lists what is above alone: whether more is, does not follow
         stats, known = known_stats(*public(logits, torch.tensor([3]), K), 6)

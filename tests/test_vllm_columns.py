@@ -117,9 +117,10 @@ def test_the_v1_function_answers_for_its_columns_and_leaves_others_to_vllm():
         asked.append((logprobs, K, ids))
         return "vLLM's"
 
-    gather = Statistics(Answer, rounded=False).gather(own, lambda z: z.log_softmax(1))
+    statistics = Statistics(Answer, rounded=False)
+    gather = statistics.gather(own, lambda z: z.log_softmax(1))
     answer = gather(logits, columns_for(CORE), targets)
-    assert isinstance(answer, Answer) and not asked
+    assert isinstance(answer, Answer) and not asked and statistics.dtypes == {"float32"}
     compare(back(answer, CORE), logits, targets, CORE)
     assert gather(logits, 20, targets) == "vLLM's"
     assert torch.equal(asked[0][0], logits.log_softmax(1)) and asked[0][1] == 20
@@ -128,7 +129,8 @@ def test_the_v1_function_answers_for_its_columns_and_leaves_others_to_vllm():
 def test_the_v2_function_takes_chunks_and_whatever_else_it_is_called_with():
     logits, targets = drawn(25, 50)
     asked = []
-    scores = Statistics(Answer, rounded=False).scores(lambda *a, **k: asked.append((a, k)))
+    statistics = Statistics(Answer, rounded=False)
+    scores = statistics.scores(lambda *a, **k: asked.append((a, k)))
     K = columns_for(ALL)
     chunks = [
         scores(logits[i : i + 10], K, targets[i : i + 10], logits_mode=False)
@@ -137,6 +139,9 @@ def test_the_v2_function_takes_chunks_and_whatever_else_it_is_called_with():
     joined = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
     compare(back(joined, ALL), logits, targets, ALL)
     scores(logits, 1, targets, logits_mode=True)
+    assert statistics.dtypes == {"float32"}
+    scores(logits.bfloat16(), K, targets)
+    assert statistics.dtypes == {"float32", "bfloat16"}
     assert asked[0][0][1] == 1 and asked[0][1] == {"logits_mode": True}
 
 

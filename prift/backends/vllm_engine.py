@@ -108,6 +108,13 @@ class Engine:
         return self._llm.llm_engine.model_config.max_model_len - 1
 
     @property
+    def most_listed(self) -> int:
+        """Most probable tokens that may be asked for."""
+        config = self._llm.llm_engine.model_config
+        every = config.get_vocab_size()
+        return every if config.max_logprobs == -1 else min(config.max_logprobs, every)
+
+    @property
     def step_tokens(self) -> int:
         """Tokens that one step takes, at most."""
         return self._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
