@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prift.backends.vllm_worker import Statistics, columns_for, is_ours, pack, unpack
-from prift.stats import CORE, EXTENDED
+from prift.backends.vllm_worker import Statistics, _sums, columns_for, is_ours, pack, unpack
+from prift.stats import CORE, EXTENDED, tile_sums
 from tests import references
 
 ALL = CORE + EXTENDED
@@ -147,3 +147,11 @@ def test_the_v2_function_takes_chunks_and_whatever_else_it_is_called_with():
 
 def test_what_vllm_asks_itself_is_never_taken_for_ours():
     assert [K for K in range(-1, 101) if is_ours(K)] == [columns_for(CORE), columns_for(ALL)]
+
+
+def test_sums_that_do_not_compile_are_told_and_refused_where_compiling_was_asked_for():
+    absent = torch.device("xpu")
+    assert _sums(absent, None)[1].startswith(", not compiled: ")
+    with pytest.raises(RuntimeError, match="--compile: the sums do not compile here"):
+        _sums(absent, True)
+    assert _sums(absent, False) == (tile_sums, "")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 
+from prift.backends import TooLong
 from prift.backends import vllm as backend
 from prift.backends import vllm_options
 from prift.backends.vllm_bounds import SLACK
@@ -166,3 +167,13 @@ def test_positions_alone_decide_what_is_left_out(scorer_over, sequences, folder)
     assert 20 < len(likely) < len(ids) - 1
     (stats,) = scores(made, [ids], [likely])
     assert len(stats["rank"]) == len(likely)
+
+
+def test_no_sequence_is_longer_than_the_model_is_made_for(scorer_over):
+    """Whatever --engine-arg max_model_len lets the engine take."""
+    made, _ = scorer_over(None, "bounds")
+    made._engine.longest = 10_000
+    long = np.ones(models.CONTEXT + 1, np.int32)
+    with pytest.raises(TooLong) as told:
+        next(iter(made.score([long], [np.array([models.CONTEXT])])))
+    assert told.value.most == models.CONTEXT
