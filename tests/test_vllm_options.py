@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -223,10 +224,11 @@ def test_an_engine_knows_of_its_owner_and_of_no_launcher(monkeypatch):
     assert dict(os.environ) == before
 
 
-ORPHAN = """
+OWNED = """
 import multiprocessing, os, sys, time
+context = multiprocessing.get_context("spawn")
 def engine(pipe):  # started by the owner, starts the worker
-    worker = multiprocessing.get_context("spawn").Process(target=work, args=(pipe,))
+    worker = context.Process(target=work, args=(pipe,))
     worker.start()
     worker.join()
 def work(pipe):
@@ -235,33 +237,39 @@ def work(pipe):
     time.sleep(60)
 if __name__ == "__main__":
     from prift.store.process import signature
-    os.environ["PRIFT_VLLM_OWNER"] = signature()
-    here, there = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
-    deep = sys.argv[1] == "deep"  # whether an engine is between
-    context.Process(target=engine if deep else work, args=(there,)).start()
-    print(*here.recv(), flush=True)
+    owner = os.getpid()
+    if sys.argv[1] == "beside":
+        other = context.Process(target=time.sleep, args=(60,))
+        other.start()
+        owner = other.pid
+    os.environ["PRIFT_VLLM_OWNER"] = signature(owner)
+    here, there = context.Pipe()
+    target = engine if sys.argv[1] == "engine between" else work
+    context.Process(target=target, args=(there,)).start()
+    print(owner, *here.recv(), flush=True)
     time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("how", ["deep", "flat"])
+@pytest.mark.parametrize("how", ["engine between", "no engine between", "beside"])
 def test_what_an_engine_consists_of_ends_with_its_owner_and_nothing_else(tmp_path, how):
-    """The owner is killed while the engine starts. Its worker ends itself and the engine; where the
-    owner started it, not who then becomes its parent."""
+    """The owner is killed while the engine starts. Its worker ends itself and the engine that the
+    owner started; not a process of others that started the worker, as Ray does."""
     script = tmp_path / "owner.py"
-    script.write_text(ORPHAN)
+    script.write_text(OWNED)
     command = [sys.executable, str(script), how]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
-        worker, mother = map(int, owner.stdout.readline().split())
-        assert (mother == owner.pid) == (how == "flat")
-        owner.kill()
-    deadline = time.monotonic() + 30
-    left = {worker, mother}
-    while left and time.monotonic() < deadline:
-        time.sleep(0.2)
-        left = {pid for pid in left if _running(pid)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as started:
+        owner, worker, mother = map(int, started.stdout.readline().split())
+        assert (mother == owner) == (how == "no engine between")
+        os.kill(owner, signal.SIGKILL)
+        deadline, spared = time.monotonic() + 30, how == "beside"
+        left = {worker} if spared else {worker, mother}
+        while left and time.monotonic() < deadline:
+            time.sleep(0.1)
+            left = set(filter(_running, left))
+        assert _running(mother) == spared
+        started.kill()
     assert not left
 
 
