@@ -144,7 +144,8 @@ def _run(
         if turns.left_out:
             say(
                 f"{turns.left_out:,} of {turns.left_out + turns.scored:,} sequences were not "
-                "stored: they have a token about which the most probable ones do not say enough"
+                "stored: they have a token about which the most probable ones do not say enough "
+                "(--engine-arg max_logprobs=N lists more of those; -1: all)"
             )
         return Precomputed(
             prior=identity.id,
@@ -171,6 +172,7 @@ def _work(
 ) -> None:
     """Scores the plans, and what others leave undone. Where nothing is to be scored, nothing is
     loaded, and nothing written but a prior.json that lacks. On an interrupt it says what is kept.
+    Raises _Fewer.
     """
     writer, cache = None, turns.cache
     try:

@@ -34,7 +34,7 @@ _ENVIRONMENT = {
 """While an engine starts; what the user has set stays."""
 _OF_PRIFT = (OWNER, "CUDA_VISIBLE_DEVICES")  # these never stay
 _OF_A_LAUNCHER = re.compile(
-    "TORCHELASTIC_.*|MASTER_(ADDR|PORT)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_WORLD_SIZE"
+    "TORCHELASTIC_.*|MASTER_(ADDR|PORT)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
 )
 """Environment variables by which torchrun ties processes together: of prift's processes, which have
 an engine each, and none of vLLM's business."""
