@@ -41,7 +41,7 @@ test-vllm: $(VLLM)/.installed  ## the vLLM backend, on a CPU, with engines of it
 	@$(VLLM)/bin/python -m pytest -q tests/vllm
 
 test-vllm-smallest: $(VLLM)/.installed  ## of those what CI runs: one engine
-	@$(VLLM)/bin/python -m pytest -q tests/vllm/test_brackets.py tests/vllm/test_smallest.py
+	@$(VLLM)/bin/python -m pytest -q tests/vllm/test_smallest.py
 
 bench-vllm: $(VLLM)/.installed  ## the vLLM backend against vLLM itself, and against transformers
 	@$(VLLM)/bin/python -m benchmarks.vllm --json bench-vllm.json

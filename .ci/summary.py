@@ -2,7 +2,8 @@
 
     python3 .ci/summary.py REPORT...
 
-Exit code 1 where a report is absent or no report, and where something failed.
+Exit code 1 where a report is absent, is no report or has no test that passed, and where something
+failed.
 """
 
 import sys
@@ -30,11 +31,14 @@ def main(paths: list[str]) -> int:
         except (OSError, xml.ParseError) as error:
             print(f"a run left no report: {error}")
             found, code = {"error": 1}, 1
+        if not found.get("passed"):
+            print(f"no test passed in {path}")
+            code = 1
         total = {name: total[name] + found.get(name, 0) for name in total}
     seconds = total.pop("seconds")
     said = [f"{int(n)} {name}" for name, n in total.items() if n or name == "passed"]
     print(f"{', '.join(said)} in {seconds:.2f}s")
-    return 1 if code or total["failed"] or total["error"] or not total["passed"] else 0
+    return 1 if code or total["failed"] or total["error"] or not paths else 0
 
 
 if __name__ == "__main__":

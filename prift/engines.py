@@ -1,5 +1,6 @@
 """Who runs the prior: the options of precompute that say so, and the backend they choose."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from prift.backends import Scorer, hf, ray_data, vllm
 from prift.backends.vllm_bounds import STATISTICS as WITHOUT_ENTROPY
-from prift.errors import OptionError
+from prift.errors import ModelError, OptionError
 from prift.identity import PriorIdentity
 from prift.shards import Shard
 from prift.stats import STATISTICS
@@ -99,9 +100,18 @@ def identify(folder: Path, config: Any, options: PrecomputeOptions) -> PriorIden
     return hf.identify(folder, config, attention=options.attention, **dtypes)
 
 
-def statistics_of(options: PrecomputeOptions) -> Sequence[str]:
-    """Names of the statistics that are stored of every token."""
+def statistics_of(options: PrecomputeOptions, scorer: Scorer | None = None) -> Sequence[str]:
+    """Names of the statistics that are stored of every token; with a scorer, those that it gives.
+    Raises ModelError where more were asked for than it can do without."""
     if options.backend == "vllm" and options.vllm_mode == "bounds":
+        return WITHOUT_ENTROPY
+    if isinstance(scorer, vllm.VLLMScorer) and not scorer.exact:
+        if options.statistics != "core":
+            raise ModelError(
+                f"--statistics {options.statistics} needs statistics from vLLM's workers, which "
+                "there are none of here. pip install 'prift[vllm]' takes a version of vLLM that "
+                "gives them; or use --backend hf"
+            )
         return WITHOUT_ENTROPY
     return STATISTICS[options.statistics]
 
@@ -146,3 +156,42 @@ def _vllm_options(options: PrecomputeOptions) -> vllm.VLLMOptions:
         quantization=options.quantization,
         engine_args=options.engine_args,
     )
+
+
+class Prior:
+    """What a run scores with; a context manager, which ends what was started.
+
+    longest  tokens of a sequence, at most, where that is known
+    """
+
+    def __init__(
+        self,
+        model: str,
+        folder: Path,
+        config: Any,
+        options: PrecomputeOptions,
+        say: Callable[[str], None],
+        longest: int | None = None,
+    ):
+        self._model, self._folder, self._config = model, folder, config
+        self._options, self._say, self._longest = options, say, longest
+        self._scorer: Scorer | None = None
+
+    @functools.cached_property
+    def identity(self) -> PriorIdentity:
+        """Hashes the weights when first asked for."""
+        return identify(self._folder, self._config, self._options)
+
+    def scorer(self) -> Scorer:
+        """Loads the model when first called. Raises what `load_scorer` raises."""
+        if self._scorer is None:
+            how = (self.identity, self._options, self._say, self._longest)
+            self._scorer = load_scorer(self._model, self._folder, self._config, *how)
+        return self._scorer
+
+    def __enter__(self) -> "Prior":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._scorer is not None:
+            self._scorer.close()

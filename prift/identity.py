@@ -37,7 +37,8 @@ class PriorIdentity:
     dtype          of weights and activations: 'float32', 'bfloat16', 'float16'
     logits_dtype   'float32', or 'bfloat16' for the rounding of the PriFT authors' code
     attention      implementation: 'sdpa', 'eager', ...
-    quantization   canonical JSON of the quantization config, or None
+    quantization   canonical JSON of the quantization config, or None; where vLLM was given
+                   arguments that may change the numbers, of both
     backend        'hf' or 'vllm'
     stats_version  prift.store.versions.STATS_VERSION
     """

@@ -7,21 +7,19 @@ The data come in windows. While one is scored here, a thread reads the next and 
 cache has of it, and another thread writes, so the device waits for neither.
 """
 
+import functools
 import shlex
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from prift.backends import Scorer
 from prift.background import Consumer, Prefetch
 from prift.cache import PriorCache
 from prift.engines import (
     PrecomputeOptions,
+    Prior,
     check_options,
-    identify,
-    load_scorer,
     statistics_of,
     suited_rows,
 )
@@ -91,34 +89,63 @@ def precompute(
         owns = options.shard.owns if options.shard else None
         return spec.windows(tokenizer, config, rows, advance, owns)
 
+    def facts() -> dict[str, str]:
+        how = {"positions": options.positions, "batch_tokens": options.batch_tokens}
+        device = prior.scorer().device_name
+        return provenance(model, folder, tokenizer, spec, device, how)
+
+    # Where it is planned anew, what the data are is not said again.
+    say_once = functools.lru_cache(maxsize=None)(say)
+    names = statistics_of(options)
+    with Prior(model, folder, config, options, say, spec.text.max_length) as prior:
+        while True:
+            try:
+                return _run(read, prior, names, cache_root, options, facts, say, say_once)
+            except _Fewer as fewer:
+                names = fewer.names
+
+
+class _Fewer(Exception):
+    """The scorer, now that it is loaded, gives these statistics only: what lacks is to be planned
+    by them, or it would lack in every run."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__(", ".join(names))
+        self.names = names
+
+
+def _run(
+    read: Callable[[Callable[[int], None]], Iterator[Window]],
+    prior: Prior,
+    names: Sequence[str],
+    cache_root: str,
+    options: PrecomputeOptions,
+    facts: Callable[[], dict[str, str]],
+    say: Callable[[str], None],
+    say_once: Callable[[str], None],
+) -> Precomputed:
+    """Raises _Fewer before anything is written."""
     with Prefetch(_AHEAD) as ahead:
         windows, report, known = _begun(read, ahead.check)
         for line in known:
-            say(line)
-        identity = identify(folder, config, options)
-        root = open_root(cache_root)
+            say_once(line)
+        root, identity = open_root(cache_root), prior.identity
         _check_identity(root, identity)
         cache = PriorCache(root, identity, keys_only=True)
-        planner = Planner(cache, options.positions, statistics_of(options))
+        planner = Planner(cache, options.positions, names)
         plans = ahead.start(map(planner.plan, windows))
         del windows  # the thread's now
         shard = options.shard
-        plans = lacking(plans, lambda: _totals(report, known, identity, planner, shard, say))
+        plans = lacking(plans, lambda: _totals(report, identity, planner, shard, say_once))
         claims = Claims(cache.root, identity.id, str(shard or "0/1"))
         turns = Turns(cache, claims, planner.names, lambda: read(lambda amount: None), say)
-
-        def load() -> tuple[Scorer, dict[str, str]]:
-            longest = spec.text.max_length
-            scorer = load_scorer(model, folder, config, identity, options, say, longest)
-            how = {"positions": options.positions, "batch_tokens": options.batch_tokens}
-            return scorer, provenance(model, folder, tokenizer, spec, scorer.device_name, how)
-
         started = time.monotonic()
-        _work(plans, turns, planner, load, options, say)
+        _work(plans, turns, planner, prior, facts, options, say)
         if turns.left_out:
             say(
                 f"{turns.left_out:,} of {turns.left_out + turns.scored:,} sequences were not "
-                "stored: they have a token about which the most probable ones do not say enough"
+                "stored: they have a token about which the most probable ones do not say enough "
+                "(--engine-arg max_logprobs=N lists more of those; -1: all)"
             )
         return Precomputed(
             prior=identity.id,
@@ -138,12 +165,14 @@ def _work(
     plans: Iterator[Plan],
     turns: Turns,
     planner: Planner,
-    load: Callable[[], tuple[Scorer, dict[str, str]]],
+    prior: Prior,
+    facts: Callable[[], dict[str, str]],
     options: PrecomputeOptions,
     say: Callable[[str], None],
 ) -> None:
     """Scores the plans, and what others leave undone. Where nothing is to be scored, nothing is
     loaded, and nothing written but a prior.json that lacks. On an interrupt it says what is kept.
+    Raises _Fewer.
     """
     writer, cache = None, turns.cache
     try:
@@ -156,14 +185,15 @@ def _work(
                 return
             if not plan.last:
                 say(f"prior {cache.identity.id}: scored while the rest of the data is read")
-            scorer, facts = load()
+            scorer = prior.scorer()
+            if set(names := statistics_of(options, scorer)) != set(planner.names):
+                raise _Fewer(names)
             half = options.storage == "float16"
             seconds = options.part_seconds
-            writer = CacheWriter(cache.root, cache.identity, facts, seconds, half)
+            writer = CacheWriter(cache.root, cache.identity, facts(), seconds, half)
             remove_stale(cache.root.parts_folder(cache.identity.id))
             turns.own = writer.published
             with (
-                closing(scorer),
                 writer,
                 Consumer(Storing(writer, turns.claims).handle, _UNWRITTEN) as rows,
                 progress(
@@ -222,15 +252,13 @@ def _begun(
 
 def _totals(
     report: Report,
-    known: list[str],
     identity: PriorIdentity,
     planner: Planner,
     shard: Shard | None,
     say: Callable[[str], None],
 ) -> None:
     for line in report.lines():
-        if line not in known:
-            say(line)
+        say(line)
     found = planner.sequences - planner.scored
     of = f" of share {shard}" if shard else ""
     say(

@@ -13,6 +13,7 @@ TESTS = {
     "failed": "def test_a(): assert 0\ndef test_b(): pass\n",
     "broken": "import pytest\n@pytest.fixture\ndef f(): assert 0\ndef test_a(f): pass\n",
     "empty": "",
+    "all_skipped": "import pytest\ndef test_a(): pytest.skip('no reason')\n",
 }
 
 
@@ -37,6 +38,8 @@ def reports(tmp_path_factory):
         (["broken", "good"], 1, "2 passed, 1 error in"),
         (["good", "absent"], 1, "2 passed, 1 error in"),
         (["empty"], 1, "0 passed in"),
+        (["good", "empty"], 1, "2 passed in"),
+        (["good", "all_skipped"], 1, "2 passed, 1 skipped in"),
     ],
 )
 def test_sums_and_exit_code(reports, names, code, line):

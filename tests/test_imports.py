@@ -290,9 +290,9 @@ def test_the_command_line_imports_nothing_heavy_at_its_top():
 
 def test_only_precompute_and_its_backends_know_backends():
     users = {name for name in MODULES if "backends" in {n.split(".")[0] for n in own_imports(name)}}
-    assert {"precompute", "backends.hf"} <= users
+    assert {"engines", "backends.hf"} <= users
     outside = {name for name in users if name.split(".")[0] != "backends"}
-    assert outside == {"engines", "precompute", "scoring", "deepcheck"}
+    assert outside == {"engines", "scoring", "deepcheck"}
 
 
 TRAIN = """

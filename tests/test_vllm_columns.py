@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prift.backends.vllm_worker import Statistics, columns_for, is_ours, pack, unpack
-from prift.stats import CORE, EXTENDED
+from prift.backends.vllm_worker import Statistics, _sums, columns_for, is_ours, pack, unpack
+from prift.stats import CORE, EXTENDED, tile_sums
 from tests import references
 
 ALL = CORE + EXTENDED
@@ -117,9 +117,10 @@ def test_the_v1_function_answers_for_its_columns_and_leaves_others_to_vllm():
         asked.append((logprobs, K, ids))
         return "vLLM's"
 
-    gather = Statistics(Answer, rounded=False).gather(own, lambda z: z.log_softmax(1))
+    statistics = Statistics(Answer, rounded=False)
+    gather = statistics.gather(own, lambda z: z.log_softmax(1))
     answer = gather(logits, columns_for(CORE), targets)
-    assert isinstance(answer, Answer) and not asked
+    assert isinstance(answer, Answer) and not asked and statistics.dtypes == {"float32"}
     compare(back(answer, CORE), logits, targets, CORE)
     assert gather(logits, 20, targets) == "vLLM's"
     assert torch.equal(asked[0][0], logits.log_softmax(1)) and asked[0][1] == 20
@@ -128,7 +129,8 @@ def test_the_v1_function_answers_for_its_columns_and_leaves_others_to_vllm():
 def test_the_v2_function_takes_chunks_and_whatever_else_it_is_called_with():
     logits, targets = drawn(25, 50)
     asked = []
-    scores = Statistics(Answer, rounded=False).scores(lambda *a, **k: asked.append((a, k)))
+    statistics = Statistics(Answer, rounded=False)
+    scores = statistics.scores(lambda *a, **k: asked.append((a, k)))
     K = columns_for(ALL)
     chunks = [
         scores(logits[i : i + 10], K, targets[i : i + 10], logits_mode=False)
@@ -137,8 +139,19 @@ def test_the_v2_function_takes_chunks_and_whatever_else_it_is_called_with():
     joined = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
     compare(back(joined, ALL), logits, targets, ALL)
     scores(logits, 1, targets, logits_mode=True)
+    assert statistics.dtypes == {"float32"}
+    scores(logits.bfloat16(), K, targets)
+    assert statistics.dtypes == {"float32", "bfloat16"}
     assert asked[0][0][1] == 1 and asked[0][1] == {"logits_mode": True}
 
 
 def test_what_vllm_asks_itself_is_never_taken_for_ours():
     assert [K for K in range(-1, 101) if is_ours(K)] == [columns_for(CORE), columns_for(ALL)]
+
+
+def test_sums_that_do_not_compile_are_told_and_refused_where_compiling_was_asked_for():
+    absent = torch.device("xpu")
+    assert _sums(absent, None)[1].startswith(", not compiled: ")
+    with pytest.raises(RuntimeError, match="--compile: the sums do not compile here"):
+        _sums(absent, True)
+    assert _sums(absent, False) == (tile_sums, "")

@@ -1,11 +1,7 @@
 """What is refused before vLLM is started, what its engine is told, and the prior's identity."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,67 +203,6 @@ def test_a_process_with_a_gpu_of_its_own_shows_vllm_that_one():
     assert own_gpu("cuda:1", {"CUDA_VISIBLE_DEVICES": "4,7"}) == {"CUDA_VISIBLE_DEVICES": "7"}
 
     assert own_gpu("cuda:1", {"CUDA_VISIBLE_DEVICES": "4, 7"}) == {"CUDA_VISIBLE_DEVICES": "7"}
-
-
-def test_an_engine_knows_of_its_owner_and_of_no_launcher(monkeypatch):
-    """Processes that torchrun started have an engine each."""
-    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a",
-                "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}  # fmt: skip
-    for name, value in (launched | {"MINE": "kept", "SET": "user's"}).items():
-        monkeypatch.setenv(name, value)
-    before = dict(os.environ)
-    with vllm_engine._started_in({"PRIFT_VLLM_OWNER": "me", "SET": "prift's"}):
-        assert not launched.keys() & os.environ.keys()
-        inside = [os.environ[name] for name in ("PRIFT_VLLM_OWNER", "SET", "MINE")]
-    assert inside == ["me", "user's", "kept"]
-    assert dict(os.environ) == before
-
-
-ORPHAN = """
-import multiprocessing, os, sys, time
-def engine(pipe):  # started by the owner, starts the worker
-    worker = multiprocessing.get_context("spawn").Process(target=work, args=(pipe,))
-    worker.start()
-    worker.join()
-def work(pipe):
-    import prift.backends.vllm_worker
-    pipe.send((os.getpid(), os.getppid()))
-    time.sleep(60)
-if __name__ == "__main__":
-    from prift.store.process import signature
-    os.environ["PRIFT_VLLM_OWNER"] = signature()
-    here, there = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
-    deep = sys.argv[1] == "deep"  # whether an engine is between
-    context.Process(target=engine if deep else work, args=(there,)).start()
-    print(*here.recv(), flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("how", ["deep", "flat"])
-def test_what_an_engine_consists_of_ends_with_its_owner_and_nothing_else(tmp_path, how):
-    """The owner is killed while the engine starts. Its worker ends itself and the engine; where the
-    owner started it, not who then becomes its parent."""
-    script = tmp_path / "owner.py"
-    script.write_text(ORPHAN)
-    command = [sys.executable, str(script), how]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
-        worker, mother = map(int, owner.stdout.readline().split())
-        assert (mother == owner.pid) == (how == "flat")
-        owner.kill()
-    deadline = time.monotonic() + 30
-    left = {worker, mother}
-    while left and time.monotonic() < deadline:
-        time.sleep(0.2)
-        left = {pid for pid in left if _running(pid)}
-    assert not left
-
-
-def _running(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 LOG = """\

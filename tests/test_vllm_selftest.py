@@ -1,12 +1,15 @@
 """The self-test of the exact way: right columns pass, and every way in which a vLLM whose insides
 have moved might fill them wrongly is found."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from prift.backends.vllm_selftest import PUBLIC_K, fault, probe
+from prift.backends.vllm_selftest import PUBLIC_K, fault, probe, wrong_head
 from prift.backends.vllm_worker import pack
+from tests.cache_fixtures import IDENTITY
 from tests.test_vllm_bounds import public
 from tests.test_vllm_columns import drawn
 
@@ -79,10 +82,16 @@ def test_ranks_matter():
     assert judged((ids, columns, ranks + 50), logits, targets) is not None
 
 
-def test_a_broken_model_is_not_the_functions_fault():
-    logits, targets = drawn(N, V)
-    logits[:, 7] = torch.nan
+def test_a_broken_model_is_not_the_functions_fault_and_verifies_nothing():
+    """Positions at which the model is broken are not compared, all others are."""
+    logits, targets = drawn(N, V, seed=1)
+    logits[: N // 2, 7] = torch.nan
     assert judged(packed(logits, targets), logits, targets) is None
+    wrong = logits.clone()
+    wrong[N // 2 :] *= 2
+    assert judged(packed(wrong, targets), logits, targets) is not None
+    logits[:, 7] = torch.nan
+    assert "nothing is verified" in judged(packed(logits, targets), logits, targets)
 
 
 @pytest.mark.parametrize("vocabulary, most", [(2, 100), (512, 511), (151_936, 8), (50, 2)])
@@ -90,3 +99,23 @@ def test_the_prompts_fit(vocabulary, most):
     for prompt in probe(vocabulary, most):
         assert 2 <= len(prompt) <= most
         assert all(0 <= token < vocabulary for token in prompt)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype", "seen", "wrong"),
+    [
+        ("float32", "float32", {"float32"}, None),
+        ("float32", "float32", set(), None),
+        ("float32", "float32", {"bfloat16"}, "logits are bfloat16, and float32 is asked for"),
+        ("bfloat16", "float32", {"float32"}, None),
+        ("bfloat16", "float32", {"bfloat16"}, "logits are bfloat16"),
+        ("float16", "float32", {"float16", "float32"}, "logits are float16, float32"),
+        ("float16", "float32", set(), "does not show"),
+        ("bfloat16", "bfloat16", {"bfloat16"}, None),
+        ("float32", "bfloat16", {"float32"}, None),
+    ],
+)
+def test_a_head_that_rounds_is_not_taken_for_float32(dtype, logits_dtype, seen, wrong):
+    identity = replace(IDENTITY, dtype=dtype, logits_dtype=logits_dtype)
+    found = wrong_head(identity, seen)
+    assert found is None if wrong is None else wrong in found

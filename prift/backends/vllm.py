@@ -28,7 +28,6 @@ from prift.backends.vllm_bounds import STATISTICS as WITHOUT_ENTROPY
 from prift.backends.vllm_bounds import known_stats
 from prift.backends.vllm_engine import Engine
 from prift.backends.vllm_options import (
-    BOUNDS_K,
     VLLMOptions,
     check_files,
     engine_settings,
@@ -39,7 +38,7 @@ from prift.backends.vllm_selftest import install
 from prift.backends.vllm_worker import columns_for, unpack
 from prift.errors import ModelError, OptionError
 from prift.identity import PriorIdentity
-from prift.models import turns_by_length, vocabulary_size
+from prift.models import context_length, turns_by_length, vocabulary_size
 from prift.stats import CORE, NotADistribution, TokenStats
 
 __all__ = ["VLLMOptions", "VLLMScorer", "check_installed", "identify", "load"]
@@ -134,6 +133,7 @@ class VLLMScorer:
     ):
         self.identity = identity
         self._options, self._vocabulary = options, vocabulary_size(config)
+        self._context = context_length(config.get_text_config())
         self._version = engine.shown(found)
         if found >= engine.SUPPORTED[1]:
             say(f"vLLM {self._version} is newer than what prift was tried with")
@@ -169,16 +169,10 @@ class VLLMScorer:
                 "--logits-dtype bfloat16 needs --dtype bfloat16."
             )
         say(
-            f"vLLM {self._version}: no statistics from its workers: {why}. Its {self._listed} "
-            "most probable tokens must do (--vllm-mode bounds): no entropy, and sequences with "
-            "a token that they leave open are not stored"
+            f"vLLM {self._version}: no statistics from its workers: {why}. Its "
+            f"{self._engine.most_listed} most probable tokens must do (--vllm-mode bounds): no "
+            "entropy, and sequences with a token that they leave open are not stored"
         )
-
-    @property
-    def _listed(self) -> int:
-        """Most probable tokens asked for, where bounds must do."""
-        most = self._options.engine_args.get("max_logprobs", BOUNDS_K)
-        return self._vocabulary if most == -1 else min(int(most), self._vocabulary)
 
     @property
     def device_name(self) -> str:
@@ -203,10 +197,11 @@ class VLLMScorer:
         if not self.exact:
             names = tuple(name for name in names if name in WITHOUT_ENTROPY)
         lengths = [int(where[-1]) + 1 if len(where) else 0 for where in positions]
+        longest = min(self._engine.longest, self._context or self._engine.longest)
         for i, length in enumerate(lengths):
-            if length > self._engine.longest:
-                raise TooLong(i, self._engine.longest)
-        K = columns_for(names) if self.exact else self._listed
+            if length > longest:
+                raise TooLong(i, longest)
+        K = columns_for(names) if self.exact else self._engine.most_listed
         most = min(_STEPS * self._engine.step_tokens, max(_LISTED // (K + 1), 1))
         for chunk in _chunks(lengths, most):
             prompts = [sequences[i][: lengths[i]].tolist() for i in chunk if lengths[i]]

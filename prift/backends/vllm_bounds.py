@@ -4,8 +4,10 @@ cannot be taught.
 For each token it gives logprob, how many tokens have at least its logit, and the K most probable
 ones. Where the token is among those or the first behind, rank and ties follow. The mass rank u
 follows from the listed tokens twice: as one less the mass above the token, and as the mass of the
-token and what is listed below it, to which the tokens that are not listed add at most V - K times
-the least that is. Where the two leave u open by more than `SLACK`, the token is not known.
+token and what is listed below it, to which every token that is neither listed nor as probable as
+the token adds at most the least that is listed. Where the two leave u open by more than float32
+does anyway (`SLACK`), the token is not known: that is where u is below about 0.3 and the list holds
+less than nearly all the mass.
 
 Entropy would need the whole distribution, so these rows are stored without it: rules that read
 entropy do not find them, all others do. A sequence with a token that is not known is not stored.
@@ -19,7 +21,9 @@ from prift.stats import TokenStats
 STATISTICS = ("logprob", "log_mass_rank", "rank", "n_tie")
 """The core without entropy."""
 
-SLACK = 2e-3  # of log u: how far apart its bounds may lie; what is stored is off by half of it
+SLACK = 2e-5
+"""Of log u: how far apart its bounds may lie, which is what float32 log-probabilities leave open
+even where all tokens are listed. What is stored is off by half of it at most."""
 _ROUNDING = 4e-6  # share by which probabilities from float32 log-probabilities may be off
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -46,7 +50,7 @@ def known_stats(
     below = n_tie * q + (q_top * (top < own)).sum(1)
     last = np.minimum(q_top[:, -1], q) if K else q
     room = _ROUNDING * mass_above
-    unlisted = max(vocabulary - K, 0) * last * (1 + _ROUNDING)
+    unlisted = np.maximum(vocabulary - np.maximum(K, reaching_N), 0) * last * (1 + _ROUNDING)
     least = np.maximum(below * (1 - _ROUNDING), 1 - mass_above - room)
     most = np.minimum(below * (1 + _ROUNDING) + unlisted, 1 - mass_above + room)
     with np.errstate(divide="ignore", invalid="ignore"):

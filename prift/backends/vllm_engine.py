@@ -34,7 +34,7 @@ _ENVIRONMENT = {
 """While an engine starts; what the user has set stays."""
 _OF_PRIFT = (OWNER, "CUDA_VISIBLE_DEVICES")  # these never stay
 _OF_A_LAUNCHER = re.compile(
-    "TORCHELASTIC_.*|MASTER_(ADDR|PORT)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_WORLD_SIZE"
+    "TORCHELASTIC_.*|MASTER_(ADDR|PORT)|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
 )
 """Environment variables by which torchrun ties processes together: of prift's processes, which have
 an engine each, and none of vLLM's business."""
@@ -106,6 +106,13 @@ class Engine:
     def longest(self) -> int:
         """Tokens of a sequence, at most: vLLM insists on room for one more."""
         return self._llm.llm_engine.model_config.max_model_len - 1
+
+    @property
+    def most_listed(self) -> int:
+        """Most probable tokens that may be asked for."""
+        config = self._llm.llm_engine.model_config
+        every = config.get_vocab_size()
+        return every if config.max_logprobs == -1 else min(config.max_logprobs, every)
 
     @property
     def step_tokens(self) -> int:

@@ -32,7 +32,8 @@ _ADVICE = (
     ),
     (
         r"unquantized lm_head",
-        "The output projection of this model is quantised: use --logits-dtype bfloat16",
+        "The output projection of this model is quantised: use --dtype bfloat16 --logits-dtype "
+        "bfloat16",
     ),
     (
         r"not supported for now|no vLLM implementation|architectures? .*not|Unrecognized model",

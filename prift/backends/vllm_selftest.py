@@ -15,6 +15,9 @@ from prift.identity import PriorIdentity
 from prift.stats import CORE
 from prift.store import invariants
 
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Token ids [N, K+1], columns [N, K+1] and ranks [N]."""
+
 PUBLIC_K = 20
 """Of vLLM's own answer: as many as it gives by default."""
 
@@ -34,43 +37,72 @@ def install(
     """Has the workers compute statistics: (why that does not work, how it works). Where it does
     not, the workers are as they were, or dead.
 
-    wanted  False: nothing is exchanged
+    wanted  False: nothing stays exchanged
 
-    Raises ModelError where the model does not run at all.
+    Raises ModelError where the model does not run at all, and where its logits are not float32, or
+    may not be, though that is asked for: bounds would store what they round as well.
     """
     prompts = probe(vocabulary, engine.longest)
-    K = min(PUBLIC_K, vocabulary)
-    # One by one, so that both ways run them alike.
-    public = [engine.ask([prompt], K)[0] for prompt in prompts]
-    if not wanted:
+    K = min(PUBLIC_K, engine.most_listed)
+    public = _asked(engine, prompts, K)
+    if not wanted and wrong_head(identity, set()) is None:
         return "not asked for", ""
+    compiled = compiled if wanted else False
     answers = engine.call("prift_install", identity.logits_dtype == "bfloat16", compiled)
     told = "; ".join(sorted({words for _, words in answers}))
     why = None if all(done for done, _ in answers) else told
-    dtype = "bfloat16" if {identity.dtype, identity.logits_dtype} != {"float32"} else "float32"
-    for prompt, own in zip(prompts, public, strict=True):
-        if why is None:
-            try:
-                (ours,) = engine.ask([prompt], columns_for(CORE))
-                why = fault(ours, own, np.array(prompt[1:]), vocabulary, dtype)
-            except ModelError as error:
-                why = str(error)
-    if why is not None and engine.alive:
+    seen: set[str] = set()
+    if why is None:
+        dtype = "bfloat16" if {identity.dtype, identity.logits_dtype} != {"float32"} else "float32"
+        targets = np.concatenate([prompt[1:] for prompt in prompts])
+        try:
+            ours = _asked(engine, prompts, columns_for(CORE))
+            why = fault(ours, public, targets, vocabulary, dtype)
+            seen = set().union(*engine.call("prift_dtypes"))
+        except ModelError as error:
+            why = str(error)
+    if (wrong := wrong_head(identity, seen)) is not None:
+        raise ModelError(
+            f"{wrong}{f' ({why})' if why else ''}. Use --dtype float32, --backend hf, or ask for "
+            "what it has: --dtype bfloat16 --logits-dtype bfloat16"
+        )
+    if (why is not None or not wanted) and engine.alive:
         engine.call("prift_remove")
+    if not wanted:
+        return "not asked for", ""
     return (f"in the self-test {why}" if why and why != told else why), told
 
 
+def wrong_head(identity: PriorIdentity, seen: set[str]) -> str | None:
+    """What is wrong with logits of the dtypes `seen`, or None. A half-precision model whose logits
+    were not seen might have a head that rounds them; a float32 model has none."""
+    if identity.logits_dtype != "float32" or seen == {"float32"}:
+        return None
+    if seen:
+        return f"vLLM's logits are {', '.join(sorted(seen))}, and float32 is asked for"
+    if identity.dtype != "float32":
+        return "vLLM does not show whether its logits are float32, as is asked for"
+    return None
+
+
+def _asked(engine: Engine, prompts: list[list[int]], K: int) -> Columns:
+    """What the engine answers, of one prompt behind the other. One by one, so that both ways run
+    them alike."""
+    answers = [engine.ask([prompt], K)[0] for prompt in prompts]
+    ids, columns, ranks = (np.concatenate(parts) for parts in zip(*answers, strict=True))
+    return ids, columns, ranks
+
+
 def fault(
-    ours: tuple[np.ndarray, np.ndarray, np.ndarray],
-    public: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ours: Columns,
+    public: Columns,
     targets: np.ndarray,
     vocabulary: int,
     dtype: str,
 ) -> str | None:
-    """What is wrong with the columns of one prompt, or None.
+    """What is wrong with the columns of N positions, or None.
 
-    ours, public  (token ids [N, K+1], columns [N, K+1], ranks [N]) of the exchanged function, and
-                  of vLLM's own for PUBLIC_K or fewer
+    ours, public  of the exchanged function, and of vLLM's own for PUBLIC_K or fewer
     targets       int [N]
     """
     return next(_faults(ours, public, targets, vocabulary, dtype), None)
@@ -85,11 +117,16 @@ def _faults(ours, public, targets, vocabulary, dtype) -> Iterator[str]:
     if not (ids[:, 0] == targets).all() or not (ids[:, 1:] == marks).all():
         yield "the columns are not those of the worker's function"
         return
+    # Where the model's own answer is NaN there is nothing to compare; scoring tells by sequence.
+    told = ~np.isnan(public[1]).any(1)
+    if not told.any():
+        yield "vLLM's own answer is NaN at every position, so nothing is verified"
+        return
+    columns, rank, targets = columns[told], rank[told], targets[told]
+    listed, own, reaching = (part[told] for part in public)
     values = {name: columns[:, at] for at, name in enumerate(COLUMNS[: K + 1])}
     values["rank"] = rank
-    own, reaching = np.maximum(public[1].astype(np.float64), -1e4), public[2]
-    if np.isnan(own).any():
-        return  # the model's own trouble, which scoring tells by sequence
+    own = np.maximum(own.astype(np.float64), -1e4)
     for name, what, _ in invariants.broken(values, vocabulary=vocabulary):
         yield f"{name} {what}"
     room = _ROOM.get(dtype, 0.1)
@@ -100,7 +137,7 @@ def _faults(ours, public, targets, vocabulary, dtype) -> Iterator[str]:
     last = rank + values["n_tie"] - 1
     if (np.abs(last - reaching) > 3 + (0.02 if dtype == "float32" else 0.5) * reaching).any():
         yield "rank is not vLLM's"
-    yield from _between(values, own, public[0][:, 1:] == targets[:, None], vocabulary, room)
+    yield from _between(values, own, listed[:, 1:] == targets[:, None], vocabulary, room)
 
 
 def _between(

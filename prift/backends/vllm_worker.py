@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prift.errors import first_line
 from prift.stats import CORE, EXTENDED, TokenStats, tile_sums, token_stats
 from prift.store.process import alive, parent_of, pid_of
 
@@ -98,10 +99,13 @@ class Statistics:
     `answer` is the class that they return.
 
     rounded, sums  see `pack`
+
+    dtypes  names of those that logits have had so far
     """
 
     def __init__(self, answer: type, rounded: bool, sums: Callable[..., Tensor] = tile_sums):
         self._answer, self._rounded, self._sums = answer, rounded, sums
+        self.dtypes: set[str] = set()
 
     def gather(self, own: Callable[..., Any], own_logprobs: Callable[[Tensor], Tensor]) -> Callable:
         """For `sampler.gather_logprobs` of the V1 runner, where `sampler.compute_logprobs` hands
@@ -127,6 +131,7 @@ class Statistics:
         return compute_topk_scores
 
     def _columns(self, logits_NV: Tensor, targets_N: Tensor, K: int) -> Any:
+        self.dtypes.add(str(logits_NV.dtype).removeprefix("torch."))
         return self._answer(*pack(logits_NV, targets_N, K, self._rounded, self._sums))
 
 
@@ -162,7 +167,7 @@ class WorkerExtension:
 
         runner = self.model_runner
         sums, told = _sums(runner.device, compiled)
-        statistics = Statistics(LogprobsTensors, rounded, sums)
+        self._prift = statistics = Statistics(LogprobsTensors, rounded, sums)
         sampler = getattr(runner, "sampler", None)
         if hasattr(runner, "_get_prompt_logprobs_dict") and hasattr(sampler, "gather_logprobs"):
             own, own_logprobs = sampler.gather_logprobs, sampler.compute_logprobs
@@ -194,6 +199,10 @@ class WorkerExtension:
         """See `watch`."""
         watch(owner)
 
+    def prift_dtypes(self) -> list[str]:
+        """Names of the dtypes in which logits have come."""
+        return sorted(self._prift.dtypes) if hasattr(self, "_prift") else []
+
     def prift_remove(self) -> None:
         """The worker as it was."""
         put_back = self.__dict__.pop("_prift_put_back", None)
@@ -214,6 +223,9 @@ def _sums(device: torch.device, compiled: bool | None) -> tuple[Callable[..., Te
     try:
         return compiled_sums(device.type), ", compiled"
     except Exception as error:  # whatever a machine's compilers and their caches may raise
+        if compiled:
+            why = f"--compile: the sums do not compile here: {first_line(error)}"
+            raise RuntimeError(why) from error
         return tile_sums, f", not compiled: {type(error).__name__}"
 
 

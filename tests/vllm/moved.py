@@ -3,6 +3,7 @@
 Real engines load these classes by name; the self-test has to find out.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -25,9 +26,14 @@ MOVES = {
     "rows are those of another prompt": lambda columns, logits, targets, K: columns(
         logits.flip(0), targets, K
     ),
+    "logits are rounded": lambda columns, logits, targets, K: columns(
+        logits.bfloat16(), targets, K
+    ),
 }
 """What the exchanged function is handed: (own function, logits, targets, K) -> its answer; None:
 vLLM's own is called."""
+MOVED = "PRIFT_TEST_MOVED"
+"""Environment variable with one of MOVES, where none is chosen."""
 
 
 class Moved(vllm_worker.WorkerExtension):
@@ -38,7 +44,7 @@ class Moved(vllm_worker.WorkerExtension):
 
     def prift_install(self, rounded: bool, compiled: bool | None) -> tuple[bool, str]:
         done = super().prift_install(rounded, compiled)
-        name = getattr(self, "prift_name", None)
+        name = getattr(self, "prift_name", os.environ.get(MOVED))
         if name is None:
             return done
         sampler, move = self.model_runner.sampler, MOVES[name]

@@ -40,6 +40,19 @@ def test_ctrl_c_finishes_the_part_in_work(tmp_path):
     assert 120 <= kept == lab.rows() < 890
 
 
+def test_prift_is_killed_while_the_engine_starts(tmp_path):
+    """Before it can ask the engine for anything. VLLMLab.run sees to it that no process is left."""
+    lab = VLLMLab(tmp_path, rows=5)
+    program = (
+        "import os, signal, prift_cli\n"
+        "from prift.backends.vllm_engine import Engine\n"
+        "Engine.call = lambda *asked: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "prift_cli.main()\n"
+    )
+    assert lab.run(program=program).returncode == -9
+    assert lab.rows() == 0
+
+
 def test_one_of_two_workers_is_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(CORES[:2]))
     lab = VLLMLab(tmp_path, rows=900)

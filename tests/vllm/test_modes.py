@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers as tf
 
+from prift.backends import TooLong, vllm_options
 from prift.backends import vllm as backend
-from prift.backends import vllm_options
-from prift.backends.vllm_bounds import SLACK
+from prift.backends.vllm_worker import columns_for
 from prift.errors import ModelError
 from prift.models import load_config
+from prift.stats import CORE
 from tests.vllm import brackets, models
 from tests.vllm.moved import MOVES
 from tests.vllm.scorers import scorer, scores
@@ -78,7 +81,17 @@ def scorer_over(engine, folder):
         started.call("prift_remove")
 
 
-@pytest.mark.parametrize("moved", list(MOVES))
+ROUNDED = "logits are rounded"
+
+
+@pytest.mark.parametrize("mode", ["exact", "auto"])
+def test_a_head_that_rounds_is_refused(scorer_over, mode):
+    """Bounds would store what it rounds as well."""
+    with pytest.raises(ModelError, match="logits are bfloat16, and float32 is asked for"):
+        scorer_over(ROUNDED, mode)
+
+
+@pytest.mark.parametrize("moved", [name for name in MOVES if name != ROUNDED])
 def test_what_has_moved_is_found(scorer_over, moved):
     with pytest.raises(
         ModelError, match=r"--vllm-mode exact does not work with .* in the self-test"
@@ -90,8 +103,21 @@ def test_what_has_moved_is_found(scorer_over, moved):
 
 
 def test_after_a_failed_self_test_the_workers_are_as_they_were(scorer_over, sequences, folder):
+    """What asked for statistics gets vLLM's own most probable tokens again."""
     made, _ = scorer_over("logits are halved", "auto")
-    check_bounds(made, sequences, folder)
+    ids = sequences[5]
+    K = columns_for(CORE)
+    ((listed, columns, _),) = made._engine.ask([ids.tolist()], K)
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor(ids[None]).long()).logits[0, :-1]
+    top = logits.log_softmax(1).topk(K + 1)
+    apart = ((top.values[:, :-1] - top.values[:, 1:]) > 1e-3).all(1).numpy()
+    assert apart.sum() > 50
+    assert (listed[apart, 1:] == top.indices[:, :K].numpy()[apart]).all()
+    assert np.abs(columns[:, 1:] - top.values[:, :K].numpy()).max() < brackets.CLOSE
+    stored, _ = check_bounds(made, [ids[:n] for ids in sequences for n in (2, 3)], folder)
+    assert stored > 0
 
 
 def test_what_has_not_moved_passes(scorer_over):
@@ -112,7 +138,7 @@ def check_bounds(made, sequences, folder) -> tuple[int, int]:
         assert np.abs(stats["logprob"] - allowed.logprob).max() <= brackets.CLOSE
         rank, log_u = stats["rank"], stats["log_mass_rank"]
         assert ((allowed.rank_least <= rank) & (rank <= allowed.rank_most)).all()
-        room = SLACK / 2 + brackets.CLOSE
+        room = 1e-5 + brackets.CLOSE
         assert (allowed.mass_least - room <= log_u).all() and (
             log_u <= allowed.mass_most + room
         ).all()
@@ -135,7 +161,17 @@ def test_positions_alone_decide_what_is_left_out(scorer_over, sequences, folder)
     made, _ = scorer_over(None, "bounds")
     ids = sequences[5]
     (truth,) = brackets.of_model(folder, [ids])
-    likely = np.flatnonzero(truth.rank_most <= 20) + 1
-    assert len(likely) > 20
+    likely = np.flatnonzero(truth.mass_least > np.log(0.35)) + 1
+    assert 20 < len(likely) < len(ids) - 1
     (stats,) = scores(made, [ids], [likely])
     assert len(stats["rank"]) == len(likely)
+
+
+def test_no_sequence_is_longer_than_the_model_is_made_for(scorer_over):
+    """Whatever --engine-arg max_model_len lets the engine take."""
+    made, _ = scorer_over(None, "bounds")
+    made._engine.longest = 10_000
+    long = np.ones(models.CONTEXT + 1, np.int32)
+    with pytest.raises(TooLong) as told:
+        next(iter(made.score([long], [np.array([models.CONTEXT])])))
+    assert told.value.most == models.CONTEXT
