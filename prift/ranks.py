@@ -59,11 +59,14 @@ def from_each_rank(compute: Callable[[], Any]) -> list[Any]:
 
 
 def leave() -> None:
-    """Ends the process group, at the end of a run. What wrapped the model keeps it alive, and a
-    thread of it that lets go of its last work while Python ends aborts the process."""
+    """Ends the process group, at the end of a run. A thread of it that lets go of its last work
+    while Python ends would abort the process; and what wrapped the model keeps the group alive, so
+    that goes first: it would wait for that thread, and have it wait for Python's lock."""
     if _is_distributed():
-        torch.distributed.destroy_process_group()
+        group = torch.distributed.group.WORLD
         gc.collect()
+        torch.distributed.destroy_process_group()
+        del group  # waits without the lock
 
 
 def _is_distributed() -> bool:
