@@ -15,17 +15,18 @@ rests on an assumption about the matrix library; only speed does.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from prift.extended import WHOLE_ROW
 from prift.heads import Head
 from prift.stats import CORE, TokenStats, is_deep, stats_of_sums, tile_sums, token_stats
 
 _ROWS = 512  # of a block on a CPU
 _TILE_COLUMNS = {True: 2048, False: 512}  # compiled or not: what passes over a tile stays cached
 _ROW_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # of a block of whole float32 rows
-_WHOLE = {"expected_rank", "entropy_top20"}  # what no sum over tiles gives
 _FAR = 20.0  # of log S: entropy = log S - T / S loses digits where the reference is far below
 
 
@@ -35,10 +36,10 @@ def compiled_sums(device: str = "cpu") -> Callable[..., Tensor]:
     machine without compiler raises."""
     compiled = torch.compile(tile_sums, dynamic=True)
 
-    def sums(z_RC: Tensor, target_R1: Tensor, reference_R1: Tensor, squares: bool) -> Tensor:
+    def sums(z_RC: Tensor, *others: Any) -> Tensor:
         # Sizes of 0 and 1 would each be compiled anew.
         function = compiled if min(z_RC.shape) > 1 else tile_sums
-        return function(z_RC, target_R1, reference_R1, squares)
+        return function(z_RC, *others)
 
     z, column = torch.randn(4, 40, device=device), torch.zeros(4, 1, device=device)
     expected = tile_sums(z, column, column, False)
@@ -71,20 +72,21 @@ class Fold:
         call."""
         hidden_NH = hidden_NH.to(self.head.weight.device)
         targets_N = targets_N.to(hidden_NH.device)
-        if _WHOLE & set(self.names):
+        if WHOLE_ROW.keys() & set(self.names):
             return functools.partial(self._whole_rows, hidden_NH, targets_N)
         size = self._rows() if hidden_NH.is_cuda else _ROWS
         blocks = [
-            self._block(hidden_NH[i : i + size], targets_N[i : i + size])
+            self.block(hidden_NH[i : i + size], targets_N[i : i + size]).stats()
             for i in range(0, max(len(targets_N), 1), size)
         ]
         stats = TokenStats.concatenate(s for s, _ in blocks)
         sure_N = torch.cat([sure for _, sure in blocks])
-        return functools.partial(self._mend, stats, sure_N, hidden_NH, targets_N)
+        return functools.partial(self.mend, stats, sure_N, hidden_NH, targets_N)
 
-    def _mend(
+    def mend(
         self, stats: TokenStats, sure_N: Tensor, hidden_NH: Tensor, targets_N: Tensor
     ) -> TokenStats:
+        """The statistics, of which rows that are not sure are done again from whole rows."""
         rows = (~sure_N).nonzero()[:, 0]
         if len(rows):
             stats.put(rows, self._whole_rows(hidden_NH[rows], targets_N[rows]))
@@ -106,38 +108,53 @@ class Fold:
     def _rows(self) -> int:
         weight = self.head.weight
         room = _ROW_BYTES.get(weight.device.type, 256 << 20)
-        if weight.is_cuda and (self.sums is tile_sums or _WHOLE & set(self.names)):
+        if weight.is_cuda and (self.sums is tile_sums or WHOLE_ROW.keys() & set(self.names)):
             room //= 4  # several copies of the block
         return max(1, room // (4 * len(weight)))
 
-    def _block(self, hidden_RH: Tensor, targets_R: Tensor) -> tuple[TokenStats, Tensor]:
-        """(statistics, bool [R] whether they are sure) of one block, folded over tiles."""
+    def block(
+        self,
+        hidden_RH: Tensor,
+        targets_R: Tensor,
+        *,
+        width: int | None = None,
+        reference_R: Tensor | None = None,
+        take: Callable[[slice, Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> "Block":
+        """R rows folded over tiles of the vocabulary.
+
+        width        columns of a tile; by default what suits the device
+        reference_R  float32 [R]: what exponentials are taken around; by default the target's logit
+                     or the largest of the first tile
+        take         (tile of the vocabulary, its logits, targets', reference) -> its sums, in
+                     place of `sums`, for who wants more of it while it is cached
+        """
         head, V = self.head, len(self.head.weight)
-        compiled = self.sums is not tile_sums
-        width = V if hidden_RH.is_cuda else min(V, _TILE_COLUMNS[compiled])
+        if width is None:
+            compiled = self.sums is not tile_sums
+            width = V if hidden_RH.is_cuda else min(V, _TILE_COLUMNS[compiled])
         buffer = self._buffer(len(targets_R), width, hidden_RH.device)
-        found_R, guess_R, reference_R = torch.empty(0), torch.empty(0), torch.empty(0)
-        total = torch.zeros(())
+        own_R, compared_R, total = torch.empty(0), torch.empty(0), torch.zeros(())
         for begin in range(0, V, width):
             tile = slice(begin, min(begin + width, V))
             z_RC = self._logits(head.part(tile), hidden_RH, buffer)
-            own_R = (targets_R - begin).clamp(0, z_RC.shape[1] - 1)
-            here_R = z_RC.gather(1, own_R[:, None])[:, 0].float()
+            column_R = (targets_R - begin).clamp(0, z_RC.shape[1] - 1)
+            here_R = z_RC.gather(1, column_R[:, None])[:, 0].float()
             if begin == 0:
-                guess_R = here_R if width == V else self._target_logits(hidden_RH, targets_R)
-                found_R = here_R
-                # Any logit of the row will do that is not far below the largest.
-                reference_R = torch.maximum(guess_R, z_RC[:, : _TILE_COLUMNS[True]].amax(1).float())
-            inside_R = (targets_R >= begin) & (targets_R < begin + width)
-            found_R = torch.where(inside_R, here_R, found_R)
-            sums = self.sums(
-                z_RC, guess_R[:, None], reference_R[:, None], "collision" in self.names
-            )
+                own_R = here_R
+                compared_R = here_R if width == V else self._target_logits(hidden_RH, targets_R)
+                if reference_R is None:
+                    # Any logit of the row will do that is not far below the largest.
+                    first_R = z_RC[:, : _TILE_COLUMNS[True]].amax(1).float()
+                    reference_R = torch.maximum(compared_R, first_R)
+            inside_R = (targets_R >= begin) & (targets_R < tile.stop)
+            own_R = torch.where(inside_R, here_R, own_R)
+            sums = (take or self._take)(tile, z_RC, compared_R[:, None], reference_R[:, None])
             total = sums if begin == 0 else total + sums
-        stats = stats_of_sums(total, guess_R, reference_R, V)
-        log_total = (total[0] + total[1]).log()
-        sure_R = (found_R == guess_R) & (log_total < _FAR) & ~is_deep(guess_R, reference_R)
-        return stats, sure_R
+        return Block(total, own_R, compared_R, reference_R, V)
+
+    def _take(self, tile: slice, z_RC: Tensor, target_R1: Tensor, reference_R1: Tensor) -> Tensor:
+        return self.sums(z_RC, target_R1, reference_R1, "collision" in self.names)
 
     def _target_logits(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
         """float32 [R], as the tiles will have them."""
@@ -161,3 +178,31 @@ class Fold:
         if self.logits_dtype == "bfloat16":
             return None
         return torch.empty(rows * width, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """R rows of logits, folded over the vocabulary of V tokens.
+
+    sums         float64 [5 or 6, R], of `stats.tile_sums`
+    own_R        float32 [R], the targets' logits out of their tiles
+    compared_R   float32 [R], what logits were compared with: the same, if rows are sure
+    reference_R  float32 [R], what exponentials were taken around
+    """
+
+    sums: Tensor
+    own_R: Tensor
+    compared_R: Tensor
+    reference_R: Tensor
+    V: int
+
+    def total(self) -> Tensor:
+        """float64 [R], the sum of exp(z - reference) over the vocabulary."""
+        return self.sums[0] + self.sums[1]
+
+    def stats(self) -> tuple[TokenStats, Tensor]:
+        """(statistics [R], bool [R] whether they are sure)."""
+        stats = stats_of_sums(self.sums, self.compared_R, self.reference_R, self.V)
+        near_R = self.total().log() < _FAR
+        deep_R = is_deep(self.compared_R, self.reference_R)
+        return stats, (self.own_R == self.compared_R) & near_R & ~deep_R

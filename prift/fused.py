@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prift.chunk import sums_for
 from prift.errors import first_line
 from prift.heads import Head, head_of
 from prift.loss import Kernel, weighted_loss
 from prift.memory import free_memory
+from prift.stats import tile_sums
 from prift.weigher import Rule, Weigher
 from prift.wholechunk import passes
 
@@ -80,12 +82,10 @@ def choose(
     kernels  those to try; by default, on CUDA, those of KERNELS that are installed
     """
     if kernels is None:
+        _tell(device.type, len(head.weight), say)
         if device.type != "cuda":
             return None
         kernels = {n: k for n, k in KERNELS.items() if importlib.util.find_spec(n)}
-        refusal = passes(device.type).refusal
-        how = "compiled" if refusal is None else f"not compiled, so slower: {refusal}"
-        say(f"loss: prift's own is {how}")
     bias = None if head.bias is None else head.bias.detach().to(device, dtype)
     head = replace(head, weight=head.weight.detach().to(device, dtype), bias=bias)
     for name, nll in kernels.items():
@@ -104,6 +104,18 @@ def choose(
             return kernel
         say(f"loss: not the kernel of {name}: {reason}")
     return None
+
+
+def _tell(kind: str, vocabulary: int, say: Callable[[str], None]) -> None:
+    """Compiles what prift's own loss passes over logits with, and says so."""
+    if kind == "cuda":
+        refusal = passes(kind).refusal
+    else:
+        sums, refusal = sums_for(vocabulary)
+        if sums is tile_sums and refusal is None:
+            return
+    how = "compiled" if refusal is None else f"not compiled, so slower: {refusal}"
+    say(f"loss: prift's own is {how}")
 
 
 def misfit(kernel: Kernel, head: Head, rows: int = _ROWS) -> str | None:

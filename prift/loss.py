@@ -9,17 +9,17 @@ while its logits exist.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from prift.chunk import Chunk
+from prift.chunk import Chunk, sums_for
 from prift.fold import Fold
 from prift.gradients import Gradients, wide
 from prift.heads import Head
-from prift.stats import TokenStats, tile_sums
+from prift.stats import TokenStats
 from prift.terms import Anchor, Asked, Online, Terms
 from prift.weigher import Weigher
 from prift.wholechunk import WholeChunk, passes
@@ -192,7 +192,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:3])
         for rows in _chunks(R, V):
             h_CH, y_C = hidden_RH[rows], targets_R[rows]
-            chunk = _chunk(head, h_CH, y_C, wanted)
+            chunk = _chunk(head, h_CH, y_C, wanted, terms.needs)
             nll_R[rows] = chunk.nll_C
             found = terms.rows(rows, chunk.nll_C, chunk.stats)
             weights_R[rows], values_R[rows], slopes_C = found
@@ -220,15 +220,17 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _chunk(head: Head, hidden_CH: Tensor, targets_C: Tensor, keep: bool) -> Chunk | WholeChunk:
+def _chunk(
+    head: Head, hidden_CH: Tensor, targets_C: Tensor, keep: bool, names: Sequence[str]
+) -> Chunk | WholeChunk:
     if hidden_CH.is_cuda:
         return WholeChunk(head, hidden_CH, targets_C)
-    return Chunk(head, hidden_CH, targets_C, keep)
+    return Chunk(head, hidden_CH, targets_C, keep, names)
 
 
 def _statistics(hidden_NH: Tensor, head: Head, targets_N: Tensor) -> Asked:
     """Statistics of all rows, by a pass over the output projection of its own."""
-    sums = passes("cuda").tile_sums if hidden_NH.is_cuda else tile_sums
+    sums = passes("cuda").tile_sums if hidden_NH.is_cuda else sums_for(len(head.weight))[0]
     return lambda names: Fold(head, names=names, sums=sums)(hidden_NH, targets_N)
 
 

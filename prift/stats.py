@@ -11,7 +11,8 @@ of PriFT (arXiv 2606.09396): PriFT-mass keeps a token when u >= tau.
     n_tie          number of v with z(v) = z(y), y included                    int32, >= 1
     entropy        -sum q log q, with 0 log 0 = 0                              float32, [0, log V]
 
-and, computed only when asked for (`token_stats` sorts whole rows for the last two):
+and, computed only when asked for (`token_stats` takes whole rows for the last two,
+and sorts them for expected_rank):
 
     collision      sum q^2                                                     float32, [1/V, 1]
     expected_rank  sum q(v) rank(v)                                            float32, [1, V]
@@ -32,12 +33,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from prift.extended import TILE, WHOLE_ROW, row_sum
+
 CORE = ("logprob", "log_mass_rank", "rank", "n_tie", "entropy")
 EXTENDED = ("collision", "expected_rank", "entropy_top20")
 STATISTICS = {"core": CORE, "extended": CORE + EXTENDED}
 """--statistics: what each choice stores."""
 
-TILE = 8192  # columns summed in float32 before sums are joined: longer float32 sums lose digits
 DEEP = -60.0  # below this z(y) - reference, exp() of the target side is recomputed around z(y)
 _BLOCK = 1 << 18  # logits handled at once on a CPU: a block and its two copies stay in its cache
 
@@ -94,7 +96,13 @@ class NotADistribution(ValueError):
         self.row = row
 
 
-def tile_sums(z_RC: Tensor, target_R1: Tensor, reference_R1: Tensor, squares: bool) -> Tensor:
+def tile_sums(
+    z_RC: Tensor,
+    target_R1: Tensor,
+    reference_R1: Tensor,
+    squares: bool,
+    out_RC: Tensor | None = None,
+) -> Tensor:
     """float64 [5 or 6, R]: sums over the columns of a tile, with e = exp(z - reference).
 
         0  sum of e over z > target        3  how many z > target
@@ -104,19 +112,21 @@ def tile_sums(z_RC: Tensor, target_R1: Tensor, reference_R1: Tensor, squares: bo
     z_RC          logits, float32 or bfloat16; at most TILE columns keep float32's digits
     target_R1     float32 [R, 1], z(y)
     reference_R1  float32 [R, 1], not far below the row's largest logit, so that e stays finite
+    out_RC        float32, where e is written
 
     Masks are floats in reused memory, several times faster than bools where nothing fuses them;
     torch.compile makes one pass of it all.
     """
     z_RC = z_RC.float()
     shifted_RC = z_RC - reference_R1
-    e_RC = shifted_RC.exp()
+    e_RC = torch.exp(shifted_RC, out=out_RC)
     moment = shifted_RC.clamp_min_(-1e4).mul_(e_RC).sum(1)  # -inf would give 0 * inf
     mask_RC = torch.gt(z_RC, target_R1, out=shifted_RC)
     num_above = mask_RC.sum(1)
     squared = [(e_RC * e_RC).sum(1)] if squares else []
     above = mask_RC.mul_(e_RC).sum(1)
-    below = e_RC.sub_(mask_RC).sum(1)  # what is left at or below the target: nothing cancels
+    # What is left at or below the target: nothing cancels.
+    below = torch.sub(e_RC, mask_RC, out=mask_RC).sum(1)
     num_reaching = torch.ge(z_RC, target_R1, out=mask_RC).sum(1)
     return torch.stack([above, below, moment, num_above, num_reaching, *squared]).double()
 
@@ -199,7 +209,7 @@ def _block_stats(
         exact = (target_R - top_R)[deep].double() - (total[0] + total[1])[deep].log() + ratio
         stats.log_mass_rank[deep] = _ordered(exact, stats.rank[deep]).float()
     stats.log_mass_rank.masked_fill_(target_R == -torch.inf, -torch.inf)
-    extended = {n: _WHOLE_ROW[n](z_RV.float(), top_R1) for n in names if n in _WHOLE_ROW}
+    extended = {n: WHOLE_ROW[n](z_RV.float(), top_R1) for n in names if n in WHOLE_ROW}
     return TokenStats(**{n: getattr(stats, n) for n in stats.names()} | extended)
 
 
@@ -213,29 +223,4 @@ def _log_mass_ratio(z_RV: Tensor, target_R1: Tensor) -> Tensor:
     """float64: log(u / q(y)) where both underflow, the log of the sum of exp(z - z(y)) over
     z <= z(y)."""
     ratio_RV = (z_RV - target_R1).exp_()  # +inf above the target, which the mask removes
-    return _row_sum(ratio_RV.masked_fill_(z_RV > target_R1, 0)).log()
-
-
-def _expected_rank(z_RV: Tensor, top_R1: Tensor) -> Tensor:
-    """Sorts whole rows: about as dear as log_softmax, sort and cumsum (docs/statistics.md)."""
-    z_RV = z_RV.sort(1, descending=True).values
-    e_RV = (z_RV - top_R1).exp_()
-    place_V = torch.arange(1, z_RV.shape[1] + 1, dtype=torch.int32, device=z_RV.device)
-    # A tie has the rank of the first among it.
-    first_RV = torch.where(z_RV[:, 1:] < z_RV[:, :-1], place_V[1:], 1).cummax(1).values
-    first_RV = torch.nn.functional.pad(first_RV, (1, 0), value=1)
-    return (_row_sum(e_RV * first_RV) / _row_sum(e_RV)).float()
-
-
-def _entropy_top20(z_RV: Tensor, top_R1: Tensor) -> Tensor:
-    logq_RK = z_RV.topk(min(20, z_RV.shape[1]), 1).values.double().log_softmax(1)
-    return -(logq_RK.exp() * logq_RK.clamp_min(-1e4)).sum(1).clamp_max(0).float()
-
-
-_WHOLE_ROW = {"expected_rank": _expected_rank, "entropy_top20": _entropy_top20}
-"""Statistics that no sum over tiles gives: (float32 logits [R, V], their maxima) -> float32 [R]."""
-
-
-def _row_sum(x_RV: Tensor) -> Tensor:
-    """Row sums in float64 of float32 partial sums over tiles of the vocabulary."""
-    return torch.stack([x.sum(1, dtype=torch.float32) for x in x_RV.split(TILE, 1)]).double().sum(0)
+    return row_sum(ratio_RV.masked_fill_(z_RV > target_R1, 0)).log()

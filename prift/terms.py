@@ -69,6 +69,11 @@ class Terms:
     scale_N: Tensor | None = None
     anchor: Anchor | None = None
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that `rows` may ask for."""
+        return self.weights.weigher.needs if isinstance(self.weights, Online) else ()
+
     def rows(self, rows: slice, nll_C: Tensor, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
         """(weights, what each token adds, its derivative by nll), float32 [C].
 

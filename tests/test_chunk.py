@@ -6,9 +6,10 @@ import functools
 import pytest
 import torch
 
-from prift.chunk import Chunk
+from prift import chunk as chunk_module
+from prift.chunk import Chunk, sums_for
 from prift.heads import Head
-from prift.stats import STATISTICS
+from prift.stats import STATISTICS, tile_sums
 from prift.wholechunk import Passes, WholeChunk, passes
 from tests.references import token_stats as naive_stats
 
@@ -97,13 +98,97 @@ def test_nan_stays_nan(made):
     assert chunk.nll_C.isnan().tolist() == [False, True]
 
 
-def test_statistics_of_the_rows(made):
-    """As rules online ask for them, whole rows and all."""
-    torch.manual_seed(0)
-    hidden, head = torch.randn(6, H), Head(torch.randn(V, H) * 0.5, torch.randn(V), 0.7)
-    targets = torch.randint(0, V, (6,))
-    found = made(head, hidden, targets).stats(STATISTICS["extended"])
+def assert_naive(found, head, hidden, targets) -> None:
     logits = head.logits(hidden).numpy()
     for row, (z, y) in enumerate(zip(logits, targets.tolist(), strict=True)):
-        for name, wanted in naive_stats(z, y).items():
-            assert getattr(found, name)[row].item() == pytest.approx(wanted, rel=2e-5, abs=2e-6)
+        wanted = naive_stats(z, y)
+        for name in found.names():
+            value = getattr(found, name)[row].item()
+            assert value == pytest.approx(wanted[name], rel=2e-5, abs=2e-6), (row, name)
+
+
+ASKED = {
+    "core": ("log_mass_rank", "rank", "n_tie", "entropy"),
+    "squares": ("collision",),
+    "top": ("entropy_top20", "logprob"),
+    "all": STATISTICS["extended"],
+}
+
+
+@pytest.mark.parametrize("names", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("vocabulary", [7, 100, 2048, 4096, V])
+def test_statistics_of_the_rows(made, vocabulary, names):
+    """As rules online ask for them: one tile, several, and one that is no whole one."""
+    torch.manual_seed(0)
+    head = Head(torch.randn(vocabulary, H) * 0.5, torch.randn(vocabulary), 0.7)
+    hidden, targets = torch.randn(6, H), torch.randint(0, vocabulary, (6,))
+    found = asked(made, head, hidden, targets, names)
+    assert set(names) <= set(found.names())
+    assert_naive(found, head, hidden, targets)
+
+
+def asked(made, head, hidden, targets, names, **options):
+    if made is Chunk:
+        return Chunk(head, hidden, targets, names=names, **options).stats(names)
+    return made(head, hidden, targets).stats(names)
+
+
+def test_ties_and_far_logits_in_the_statistics(made):
+    """Integer logits tie, in other tiles too; the largest lies far above the first tile's, and a
+    target far below it, so that rows are done again."""
+    torch.manual_seed(1)
+    z = torch.randint(-3, 4, (5, V)).float()
+    z[1, 4000], z[2, 4999], z[3, 17], z[4, ::3] = 95.0, 3000.0, -150.0, -torch.inf
+    targets = torch.tensor([4998, 3, 4999, 17, 1])
+    hidden, bias = torch.eye(5), torch.zeros(V)
+    head = Head(z[:4].T.contiguous())
+    for names in ASKED.values():
+        found = asked(made, head, hidden[:4, :4].contiguous(), targets[:4], names)
+        assert_naive(found, head, hidden[:4, :4].contiguous(), targets[:4])
+    bias[::3] = -torch.inf  # no product makes it: 0 times infinity
+    head = Head(z[:4].T.contiguous(), bias)
+    found = asked(made, head, hidden[:1, :4].contiguous(), targets[4:], ASKED["top"])
+    assert_naive(found, head, hidden[:1, :4].contiguous(), targets[4:])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_statistics_do_not_touch_the_gradient(keep):
+    """They are taken while it is made ready; without it too, where nothing else is kept."""
+    torch.manual_seed(2)
+    hidden, head = torch.randn(9, H), Head(torch.randn(V, H))
+    targets, weights = torch.randint(0, V, (9,)), torch.randn(9)
+    plain, names = Chunk(head, hidden, targets), STATISTICS["extended"]
+    chunk = Chunk(head, hidden, targets, keep, names)
+    assert_naive(chunk.stats(ASKED["top"]), head, hidden, targets)
+    assert torch.equal(chunk.nll_C, plain.nll_C)
+    if keep:
+        assert torch.equal(gradient(chunk, weights), gradient(plain, weights))
+
+
+def test_a_large_vocabulary_is_compiled_and_statistics_are_the_same():
+    """Where there is a compiler; in the same budget as without."""
+    torch.manual_seed(3)
+    V = 20_000
+    hidden, head = torch.randn(40, H), Head(torch.randn(V, H) * 0.5)
+    targets, weights = torch.randint(0, V, (40,)), torch.randn(40)
+    nll, wanted = naive(head, hidden, targets, weights)
+    compiled, refusal = sums_for(V)
+    assert refusal is None and compiled is not tile_sums
+    chunk = Chunk(head, hidden, targets, names=ASKED["top"])
+    torch.testing.assert_close(chunk.nll_C.double(), nll, rtol=1e-5, atol=1e-5)
+    assert_naive(chunk.stats(ASKED["top"]), head, hidden, targets)
+    assert (gradient(chunk, weights).double() - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_without_a_compiler_the_sums_are_torchs_own(monkeypatch):
+    def refused():
+        raise RuntimeError("no compiler\nanywhere")
+
+    monkeypatch.setattr(chunk_module, "compiled_sums", refused)
+    sums_for.cache_clear()
+    try:
+        sums, refusal = sums_for(20_000)
+        assert sums is tile_sums
+        assert refusal == "torch.compile failed (RuntimeError: no compiler)"
+    finally:
+        sums_for.cache_clear()

@@ -134,7 +134,7 @@ def test_a_wrong_guess_of_the_targets_logit_changes_nothing(monkeypatch):
     off = honest.clone()
     off[::3] = torch.nextafter(off[::3], torch.tensor(torch.inf))
     monkeypatch.setattr(Fold, "_target_logits", lambda *_: off)
-    sure = fold._block(hidden, targets)[1]
+    sure = fold.block(hidden, targets).stats()[1]
     assert sure.tolist() == [i % 3 != 0 for i in range(len(targets))]
     found = fold(hidden, targets)
     for name in CORE:
@@ -149,7 +149,7 @@ def test_rows_out_of_range_of_their_reference_are_done_again():
     targets = torch.tensor([5, 8500, 10, 4000])
     fold = Fold(Head(z.T.contiguous()))
     hidden = torch.eye(4)
-    assert not fold._block(hidden, targets)[1][[0, 2, 3]].any()
+    assert not fold.block(hidden, targets).stats()[1][[0, 2, 3]].any()
     found = fold(hidden, targets)
     for i, target in enumerate(targets.tolist()):
         truth = references.token_stats(z[i].numpy(), target)

@@ -132,9 +132,13 @@ def test_a_kernel_is_chosen_unless_it_is_slower():
     assert found is None or (found.device, found.dtype) == ("cpu", torch.float32)
 
 
-def test_without_a_gpu_there_is_nothing_to_choose():
+@pytest.mark.parametrize(
+    "vocabulary, lines", [(256, []), (16_384, ["loss: prift's own is compiled"])]
+)
+def test_without_a_gpu_there_is_nothing_to_choose(vocabulary, lines):
     said = []
-    assert choose(head_like(), CPU, torch.float32, said.append) is None and not said
+    head = Head(torch.randn(vocabulary, 8))
+    assert choose(head, CPU, torch.float32, said.append) is None and said == lines
 
 
 @needs_torchs

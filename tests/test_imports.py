@@ -25,6 +25,7 @@ LAYERS = {
         "home",
         "native",
         "products",
+        "extended",
         "ranks",
         "progress",
         "background",
@@ -123,7 +124,16 @@ def source_of(folder: str) -> dict[str, Path]:
 
 
 PRODUCTS = {"errors", "home", "native", "products"}
-NUMBERS = PRODUCTS | {"stats", "heads", "headcheck", "fold", "chunk", "wholechunk", "weigher"}
+NUMBERS = PRODUCTS | {
+    "extended",
+    "stats",
+    "heads",
+    "headcheck",
+    "fold",
+    "chunk",
+    "wholechunk",
+    "weigher",
+}
 LOSS = NUMBERS | {"anchor", "terms", "gradients"}
 CACHE = {
     "errors",
@@ -163,18 +173,18 @@ REACH = {
     **{name: TEXT for name in TEXT},
     **{name: CACHE for name in CACHE},
     **{name: PRODUCTS for name in PRODUCTS},
-    "stats": {"errors"},
+    "stats": {"extended"},
     "heads": PRODUCTS,
     "headcheck": PRODUCTS | {"heads"},
-    "fold": PRODUCTS | {"heads", "stats"},
-    "weigher": {"errors", "stats"},
-    "rules": {"errors", "roles", "stats", "weigher"},
-    "comparing": {"errors", "roles", "stats", "weigher", "rules"},
+    "fold": PRODUCTS | {"heads", "extended", "stats"},
+    "weigher": {"errors", "extended", "stats"},
+    "rules": {"errors", "roles", "extended", "stats", "weigher"},
+    "comparing": {"errors", "roles", "extended", "stats", "weigher", "rules"},
     "anchor": set(),
-    "terms": {"errors", "stats", "weigher", "anchor"},
-    "chunk": PRODUCTS | {"heads", "stats", "fold"},
-    "wholechunk": PRODUCTS | {"heads", "stats", "fold"},
-    "gradients": PRODUCTS | {"heads", "stats", "fold", "chunk", "wholechunk"},
+    "terms": {"errors", "extended", "stats", "weigher", "anchor"},
+    "chunk": PRODUCTS | {"heads", "extended", "stats", "fold"},
+    "wholechunk": PRODUCTS | {"heads", "extended", "stats", "fold"},
+    "gradients": PRODUCTS | {"heads", "extended", "stats", "fold", "chunk", "wholechunk"},
     "loss": LOSS,
     "fused": LOSS | {"loss", "memory"},
     "packing": PRODUCTS | {"heads"},
