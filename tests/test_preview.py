@@ -157,6 +157,23 @@ def test_values_asked_for_are_compared(lab):
             run(lab, rule, thresholds=values)
 
 
+def test_rules_run_on_one_thread_and_give_the_others_back(lab):
+    seen = set()
+
+    def spying(stats):
+        seen.add(torch.get_num_threads())
+        return stats.logprob.exp()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(lab, Weigher.of(Rule("spying", ("logprob",), spying), "prior"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
+
+
 def test_nothing_kept_and_plain_sft(lab):
     none = weigher("rank", "prior", {"most": "1"}, most=0.0)
     nothing, plain = run(lab, none, weigher("uniform", None, {}))["rules"]
