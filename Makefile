@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all test-vllm test-vllm-smallest bench-vllm bench-score bench-rounding bench-train bench-scale bench-cache bench-rules bench-gpu lint docs data clean
+.PHONY: demo test test-all test-vllm test-vllm-smallest bench-vllm bench-score bench-rounding bench-train bench-scale bench-cache bench-weigh bench-rules bench-gpu lint docs data clean
 
 # torch first and by itself: any other package that asks for torch would pull another build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -57,6 +57,9 @@ bench-scale: $(VENV)/.installed  ## 10,000 and 100,000 sequences: memory and tim
 
 bench-cache: $(VENV)/.installed  ## a cache of a million sequences: bytes, and the time of everything
 	@$(BIN)/python -m benchmarks.cache --json bench-cache.json
+
+bench-weigh: $(VENV)/.installed  ## prift weigh on 10,000 and 100,000 sequences: time and memory
+	@$(BIN)/python -m benchmarks.weigh --json bench-weigh.json
 
 # On a CUDA machine whose own python has torch, transformers, accelerate, pyarrow, rich,
 # click, pytest and hypothesis; and vllm and psutil, for the last lines.

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -125,16 +126,12 @@ def _show(found: dict[str, Any]) -> None:
     for title, one in zip(titles, found["rules"], strict=True):
         for line in _rule_lines(title, one, found["sft_loss"]):
             click.echo(line)
-        lengths = [(_span(group), *_shares(group)) for group in one["lengths"]]
-        files = [(_plain(group["file"]), *_shares(group)) for group in one["files"]]
-        roles = [(group["role"], *_shares(group)) for group in one["roles"]]
-        for name, groups in (
-            ("tokens of a sequence", lengths), ("file", files), ("role", roles)
-        ):  # fmt: skip
+        for columns, groups in _tables(one):
             click.echo()
-            table((name, *_SHARES), groups[:_MOST_ROWS], _SHARES)
+            rows = [(*names, *_shares(group)) for names, group in groups[:_MOST_ROWS]]
+            table((*columns, *_SHARES), rows, _SHARES)
             if len(groups) > _MOST_ROWS:
-                more = many(len(groups) - _MOST_ROWS, name)
+                more = many(len(groups) - _MOST_ROWS, columns[-1])
                 click.echo(f"and {more} more, which --json shows")
         for name in ("most", "least"):
             if one[name]:
@@ -175,6 +172,28 @@ def _rule_lines(title: str, one: dict[str, Any], sft_loss: float | None) -> Iter
     yield from bars("weights", one["histogram"], "tokens")
 
 
+_Groups = list[tuple[Sequence[str], dict[str, Any]]]
+
+
+def _tables(one: dict[str, Any]) -> Iterator[tuple[Sequence[str], _Groups]]:
+    """(columns, (what stands in them, the group) of each row) of a rule's tables.
+
+    By file are only the datasets that have several: of the others the table would say again what
+    the one by dataset says, and that one says nothing where there is one dataset of several files.
+    """
+    yield ("tokens of a sequence",), [((_span(group),), group) for group in one["lengths"]]
+    datasets, files = one["datasets"], one["files"]
+    apart = {(group["dataset"], group["file"]) for group in files}
+    number = Counter(dataset for dataset, _ in apart)
+    some = [group for group in files if number[group["dataset"]] > 1]
+    if len(datasets) > 1 or not some:
+        yield ("dataset",), [((_plain(group["dataset"]),), group) for group in datasets]
+    if some:
+        names = ("dataset", "file") if len(datasets) > 1 else ("file",)
+        yield names, [(tuple(_plain(group[name]) for name in names), group) for group in some]
+    yield ("role",), [((group["role"],), group) for group in one["roles"]]
+
+
 def _title(one: dict[str, Any]) -> str:
     """Rule and options, as they are asked for."""
     pairs = _pairs(one)
@@ -201,8 +220,8 @@ def _shares(group: dict[str, Any]) -> Sequence[str]:
     return (
         f"{group['label_tokens']:,}",
         f"{group['share_of_tokens']:.1%}",
-        f"{group['kept_share']:.1%}",
-        f"{group['mean_weight']:.4f}",
+        _number(group["kept_share"], ".1%"),
+        _number(group["mean_weight"], ".4f"),
         _number(group["share_of_weight"], ".1%"),
     )
 

@@ -1,16 +1,18 @@
 """What rules would do to a data set, told from the cache before anything is trained."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from prift.errors import OptionError
+from prift.groups import Groups
 from prift.methods import weigher as weigher_of
-from prift.roles import ROLES
 from prift.scored import Scored, read_scored, refuse_unknown_weights
-from prift.store.histograms import LENGTHS, bins, counted
+from prift.store.histograms import bins, counted
 from prift.sweep import Sweep, sweeps
 from prift.text.dataspec import DataSpec
 from prift.weigher import Weigher
@@ -55,16 +57,31 @@ def preview(options: PreviewOptions, say: Callable[[str], None] = print) -> dict
     names = {"logprob"}.union(*(one.needs for one in (*options.weighers, *tried)))
     scored = read_scored(options, names, say)
     examples, prior = scored.examples, scored.prior
-    roles = examples.label_roles()
+    groups = Groups(examples, options.spec.data)
+    with _one_thread():
+        rules = [_described(one, scored, groups, options.tokens) for one in options.weighers]
+        thresholds = [_swept(one, scored, groups.roles) for one in compared]
     return {
         "prior": scored.identity.id,
         "examples": len(examples),
         "tokens": examples.num_tokens,
         "label_tokens": examples.num_labels,
         "sft_loss": _loss(np.ones(examples.num_labels, np.float32), prior["logprob"]),
-        "rules": [_described(one, scored, roles, options.tokens) for one in options.weighers],
-        "thresholds": [_swept(one, scored, roles) for one in compared],
+        "rules": rules,
+        "thresholds": thresholds,
     }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread. A rule's step over a chunk takes less than a millisecond; where other
+    programs hold the cores, a second thread is waited for much longer than that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _with_mass(weighers: tuple[Weigher, ...]) -> tuple[Weigher, ...]:
@@ -93,16 +110,11 @@ def _swept(sweep: Sweep, scored: Scored, roles: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _described(weigher: Weigher, scored: Scored, roles: np.ndarray, count: int) -> dict[str, Any]:
+def _described(weigher: Weigher, scored: Scored, groups: Groups, count: int) -> dict[str, Any]:
     examples, prior = scored.examples, scored.prior
-    weights = weigh(weigher, examples.label_counts, prior, roles=roles)
+    weights = weigh(weigher, examples.label_counts, prior, roles=groups.roles)
     check_weights(weigher, weights, examples)
     mean = float(weights.mean(dtype=np.float64))
-    files, file_of = examples.files()
-    length_of = np.searchsorted(LENGTHS, examples.lengths, "right") - 1
-    by_length = _grouped(weights, examples.label_counts, length_of, len(LENGTHS) - 1)
-    by_file = _grouped(weights, examples.label_counts, file_of, len(files))
-    lengths = bins(np.bincount(length_of, minlength=len(LENGTHS) - 1), LENGTHS)
     return {
         "rule": weigher.name,
         "arguments": _arguments(weigher),
@@ -115,17 +127,7 @@ def _described(weigher: Weigher, scored: Scored, roles: np.ndarray, count: int) 
         "loss": _loss(weights, prior["logprob"]),
         "learning_rate_factor": 1 / mean if mean > 0 else None,
         "histogram": _histogram(weights),
-        "lengths": [
-            {"from": bounds["from"], "to": bounds["to"], **one}
-            for bounds, one in zip(lengths, by_length, strict=True)
-            if one["examples"]
-        ],
-        "files": [
-            {"file": name, **one}
-            for name, one in zip(files, by_file, strict=True)
-            if one["examples"]
-        ],
-        "roles": _by_role(weights, examples.label_counts, roles),
+        **groups.shares(weights),
         "most": _tokens(scored, weights, _first(-weights, count)),
         "least": _tokens(scored, weights, _first(weights, count)),
     }
@@ -165,57 +167,6 @@ def _histogram(weights: np.ndarray) -> list[dict[str, Any]]:
         own = {"from": value, "to": value, "count": int(np.count_nonzero(weights == value))}
         found.insert(next(i for i, one in enumerate(found) if one["from"] == value), own)
     return found
-
-
-def _grouped(
-    weights: np.ndarray, counts: np.ndarray, group_of: np.ndarray, groups: int
-) -> list[dict[str, Any]]:
-    """Of each group of examples: its label tokens, and what of them weighs.
-
-    counts    int64 [E]: label tokens of each example, none 0
-    group_of  int64 [E], in [0, groups)
-    """
-    begins = np.cumsum(counts) - counts
-
-    def total(values: np.ndarray, kind: type) -> np.ndarray:
-        each = np.add.reduceat(values, begins, dtype=kind)
-        return np.bincount(group_of, each, groups)
-
-    labels, kept = np.bincount(group_of, counts, groups), total(weights != 0, np.int64)
-    sums, whole = total(weights, np.float64), _whole(weights)
-    numbers = np.bincount(group_of, minlength=groups)
-    return [_group(*values, *whole) for values in zip(numbers, labels, kept, sums, strict=True)]
-
-
-def _by_role(weights: np.ndarray, counts: np.ndarray, roles: np.ndarray) -> list[dict[str, Any]]:
-    """The same of each role that has label tokens. roles: uint8, of each label token."""
-    found, begins, whole = [], np.cumsum(counts) - counts, _whole(weights)
-    for code, name in enumerate(ROLES):
-        if (own := roles == code).any():
-            number = int(np.logical_or.reduceat(own, begins).sum())
-            some = weights[own]
-            values = number, len(some), np.count_nonzero(some), some.sum(dtype=np.float64)
-            found.append({"role": name, **_group(*values, *whole)})
-    return found
-
-
-def _whole(weights: np.ndarray) -> tuple[int, float]:
-    """Label tokens and their weight together."""
-    return len(weights), float(weights.sum(dtype=np.float64))
-
-
-def _group(
-    examples: int, labels: int, kept: int, weight: float, tokens: int, everything: float
-) -> dict[str, Any]:
-    """A group of label tokens, of examples so many, among all; its own shares None where empty."""
-    return {
-        "examples": int(examples),
-        "label_tokens": int(labels),
-        "kept_share": float(kept / labels) if labels else None,
-        "mean_weight": float(weight / labels) if labels else None,
-        "share_of_tokens": float(labels / tokens),
-        "share_of_weight": float(weight / everything) if everything else None,
-    }
 
 
 def _first(keys: np.ndarray, count: int) -> np.ndarray:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from benchmarks import scale
+from benchmarks import scale, weigh
 from benchmarks.measure import interleaved
 from benchmarks.score import memory, operands
 from benchmarks.variants import runner
+from tests.cli_fixtures import make_model
 
 V = 151_936
 
@@ -39,3 +40,12 @@ def test_time_is_linear_and_memory_flat():
     assert rates[1] > 0.7 * rates[0]
     assert large["second_mib"] <= 1.1 * large["first_mib"]
     assert large["second_mib"] <= 1.3 * small["second_mib"] + 64
+
+
+@pytest.mark.slow
+def test_looking_before_training_takes_seconds_and_little_memory(tmp_path):
+    make_model(tmp_path / "model", max_position_embeddings=2048)
+    small, large = (weigh.measure(tmp_path, rows, 1) for rows in (100, 10_100))
+    assert (small["examples"], large["examples"], large["rules"]) == (100, 10_100, 3)
+    assert large["seconds"] - small["seconds"] < 10
+    assert large["mib"] - small["mib"] < 128

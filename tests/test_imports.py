@@ -97,7 +97,7 @@ LAYERS = {
     # what the commands share
     4: {"request", "plan", "turns", "scoring"}
     | {"provenance", "choice", "sequences", "columns", "weighing", "scored", "sweep", "dataset"}
-    | {"metrics", "trainer"}
+    | {"metrics", "trainer", "groups"}
     | {
         "store.inventory",
         "store.histograms",

@@ -25,7 +25,7 @@ def window(*rows) -> Window:
     for line, (ids, mask) in enumerate(rows, 1):
         labels = np.array([c == "1" for c in mask])
         roles = np.where(labels, RESPONSE, PROMPT).astype(np.uint8)
-        store.add(Encoded(np.array(ids, np.int32), labels, roles), Row("d.jsonl", line, {}))
+        store.add(Encoded(np.array(ids, np.int32), labels, roles), Row("d.jsonl", line, {}), 0)
     return Window(Examples(store, np.arange(len(rows)), Report()), False)
 
 

@@ -7,68 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
 
-from prift.cache import PriorCache, list_priors
 from prift.errors import CacheError, MissingPrior, OptionError
 from prift.methods import weigher
-from prift.preview import PreviewOptions, preview
-from prift.request import request
-from prift.text.dataspec import DataSpec
-from prift.text.examples import TextOptions
 from prift.weigher import Rule, Weigher
 from tests import cli_fixtures as cli
 from tests.lab import Lab
-from tests.toy_tokenizers import byte_level
-
-
-def run(lab, *weighers, spec=None, **options):
-    given = PreviewOptions(lab.model, lab.cache, spec or lab.spec(), weighers, **options)
-    return preview(given, lambda line: None)
-
-
-def naive(lab, spec=None) -> list[dict]:
-    """Each label token with its example and statistics, from the cache's rows one by one."""
-    (identity,) = list_priors(lab.cache).values()
-    cache = PriorCache(lab.cache, identity)
-    config = AutoConfig.from_pretrained(lab.model)
-    examples, tokenizer = (spec or lab.spec()).load(Path(lab.model), config)
-    asked, found = request(examples), []
-    for i, example in enumerate(examples):
-        names = ["logprob", "log_mass_rank"]
-        values = cache.read(asked.keys[i : i + 1], asked.spans[i : i + 1], names)
-        for n, place in enumerate(np.flatnonzero(example.label_mask)):
-            found.append(
-                {
-                    "example": i,
-                    "where": examples.where(i),
-                    "length": len(example.input_ids),
-                    "position": int(place),
-                    "text": tokenizer.decode([int(example.input_ids[place])]),
-                    "logprob": float(values["logprob"][n]),
-                    "prob": float(np.exp(values["logprob"][n])),
-                    "u": float(np.exp(np.float64(values["log_mass_rank"][n]))),
-                }
-            )
-    return found
-
-
-def weights_of(tokens: list[dict], rule: str) -> np.ndarray:
-    return np.array([t["prob"] if rule == "prob" else float(t["u"] >= 0.5) for t in tokens])
-
-
-def check_groups(groups: list[dict], owns, tokens: list[dict], weights: np.ndarray) -> None:
-    """Each group against the tokens of which owns(group, token) is true."""
-    assert sum(group["label_tokens"] for group in groups) == len(tokens)
-    for group in groups:
-        own = np.array([owns(group, token) for token in tokens])
-        assert group["label_tokens"] == own.sum() > 0
-        members = {t["example"] for t, mine in zip(tokens, own, strict=True) if mine}
-        assert group["examples"] == len(members)
-        assert group["kept_share"] == pytest.approx((weights[own] != 0).mean())
-        assert group["mean_weight"] == pytest.approx(weights[own].mean(), rel=1e-6)
-        assert group["share_of_tokens"] == pytest.approx(own.mean())
-        assert group["share_of_weight"] == pytest.approx(weights[own].sum() / weights.sum())
+from tests.preview_references import check_groups, naive, run, weights_of, words
 
 
 @pytest.mark.parametrize("rule", ["prob", "mass"])
@@ -212,44 +157,21 @@ def test_values_asked_for_are_compared(lab):
             run(lab, rule, thresholds=values)
 
 
-@pytest.mark.parametrize("rule", ["prob", "wit*prob"])
-def test_shares_of_each_role(tmp_path, rule):
-    lab = Lab(tmp_path, rows=10)
-    lab.precompute(text={"labels": "all"})
-    spec = lab.spec(labels="all")
-    tokens = naive(lab, spec)
-    rows = [json.loads(line) for line in Path(lab.data).read_text().splitlines()]
-    prompts = [len(byte_level()(row["prompt"])["input_ids"]) for row in rows]
-    for token in tokens:
-        given = token["position"] < prompts[token["example"]]
-        token["role"] = "prompt" if given else "response"
-    factor = (
-        {"prompt": 0.0, "response": 1.0} if rule == "wit*prob" else {"prompt": 1, "response": 1}
-    )
-    weights = np.array([t["prob"] * factor[t["role"]] for t in tokens])
-    (one,) = run(lab, weigher(rule, "prior", {}), spec=spec)["rules"]
-    assert [group["role"] for group in one["roles"]] == ["prompt", "response"]
-    check_groups(one["roles"], lambda g, t: g["role"] == t["role"], tokens, weights)
-    shown = cli.succeeded(cli.prift(*words(lab, "--rule", rule, "--labels", "all")))
-    assert "\nrole " in shown and "\nprompt " in shown and "\nresponse " in shown
+def test_rules_run_on_one_thread_and_give_the_others_back(lab):
+    seen = set()
 
+    def spying(stats):
+        seen.add(torch.get_num_threads())
+        return stats.logprob.exp()
 
-def test_files_and_data_weights(lab, tmp_path):
-    lines = Path(lab.data).read_text().splitlines(keepends=True)
-    parts = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    parts[0].write_text("".join(lines[:10]))
-    parts[1].write_text("".join(lines[10:]))
-    data = tuple(map(str, parts))
-    spec = DataSpec(data=data, weights=(2, 1), text=TextOptions(max_length=60))
-    tokens = naive(lab, spec)
-    (one,) = run(lab, weigher("prob", "prior", {}), spec=spec)["rules"]
-    assert len(one["files"]) == 2 and one["files"][0]["examples"] == 20
-    check_groups(
-        one["files"],
-        lambda group, token: token["where"].rpartition(":")[0] == group["file"],
-        tokens,
-        weights_of(tokens, "prob"),
-    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(lab, Weigher.of(Rule("spying", ("logprob",), spying), "prior"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
 
 
 def test_nothing_kept_and_plain_sft(lab):
@@ -263,14 +185,14 @@ def test_nothing_kept_and_plain_sft(lab):
 
 
 def test_what_the_prior_does_not_decide_is_refused(lab):
-    for chosen, options, kind, words in [
+    for chosen, options, kind, message in [
         (weigher("prob", "online", {}), {}, OptionError, "can be known before training"),
         (weigher("psft", "prior", {}), {}, OptionError, "compares two priors"),
         (weigher("deft", "prior", {}), {}, MissingPrior, "no collision .*\n.*--statistics"),
         (weigher("prob", "prior", {}), {"prior": "0" * 16}, CacheError, "holds no prior"),
         (weigher("prob", "prior", {}), {"tokens": -1}, OptionError, "--tokens -1"),
     ]:
-        with pytest.raises(kind, match=words):
+        with pytest.raises(kind, match=message):
             run(lab, chosen, **options)
 
 
@@ -283,15 +205,10 @@ def test_data_that_were_not_scored_are_refused_with_the_command(tmp_path):
         run(lab, weigher("prob", "prior", {}))
 
 
-def words(lab, *more):
-    data = ["--model", lab.model, "--data", lab.data, "--max-length", "60", "--cache", lab.cache]
-    return ["weigh", *data, *more]
-
-
 RULE = {
     "rule", "arguments", "mix", "min_weight", "max_weight", "kept_share", "mean_weight",
     "effective_tokens", "effective_share", "loss", "learning_rate_factor", "histogram", "lengths",
-    "files", "roles", "most", "least",
+    "datasets", "files", "roles", "most", "least",
 }  # fmt: skip
 
 
@@ -356,19 +273,6 @@ def test_the_command_for_people(lab):
     ):
         assert text in shown, f"{text!r} is not in:\n{shown}"
     assert "████" in shown or "####" in shown
-
-
-def test_many_files_are_cut_short_for_people(tmp_path):
-    lab, folder = Lab(tmp_path, rows=25), tmp_path / "folder"
-    lab.precompute()
-    folder.mkdir()
-    for i, line in enumerate(Path(lab.data).read_text().splitlines()):
-        (folder / f"{i:02}.jsonl").write_text(line)
-    lab.data = str(folder)
-    shown = cli.succeeded(cli.prift(*words(lab, "--rule", "prob", "--tokens", "0")))
-    assert "19.jsonl" in shown and "20.jsonl" not in shown
-    assert "and 5 files more, which --json shows" in shown
-    assert len(run(lab, weigher("prob", "prior", {}))["rules"][0]["files"]) == 25
 
 
 def test_text_of_data_reaches_the_terminal_as_escapes(tmp_path):

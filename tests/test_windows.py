@@ -45,6 +45,12 @@ def content(examples):
     ]
 
 
+def files_of(parts):
+    """Of each example the number of its dataset, and its file."""
+    found = [examples.files() for examples in parts]
+    return [names[number] for names, numbers in found for number in numbers]
+
+
 def joined(windows):
     return [one for window in windows for one in content(window.examples)]
 
@@ -56,6 +62,7 @@ def test_windows_hold_the_same_examples_in_the_same_order(tmp_path_factory, coun
     data = [write(folder, rows_of(n, c), c) for n, c in zip(counts, "abc", strict=False)]
     whole, windows = load(data, max_length=12), list(read(data, rows, max_length=12))
     assert joined(windows) == content(whole)
+    assert files_of(window.examples for window in windows) == files_of([whole])
     sizes = [len(window.examples) for window in windows]
     assert sizes[:-1] == [rows] * (len(sizes) - 1) and 1 <= sizes[-1] <= rows
     assert windows[-1].examples.report == whole.report

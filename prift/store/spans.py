@@ -12,8 +12,9 @@ import numpy as np
 
 def spans_of(mask: np.ndarray) -> np.ndarray:
     """Runs of the true entries of a bool mask [T]; int32 [2 * runs]."""
-    edges = np.diff(mask.astype(np.int8), prepend=0, append=0)
-    return np.flatnonzero(edges).astype(np.int32)
+    padded = np.zeros(len(mask) + 2, bool)
+    padded[1:-1] = mask
+    return np.flatnonzero(padded[1:] != padded[:-1]).astype(np.int32)
 
 
 def positions_of(spans: np.ndarray) -> np.ndarray:

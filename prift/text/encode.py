@@ -154,7 +154,7 @@ def _finish(
 ) -> Encoded:
     """Adds EOS behind as a label of the role `eos`, unless that is None or the text spelt it."""
     if eos is not None and codec.eos is not None and ids[-1:] != [codec.eos]:
-        ids, mask, roles = [*ids, codec.eos], np.r_[mask, True], np.r_[roles, eos]
+        ids, mask, roles = [*ids, codec.eos], np.append(mask, True), np.append(roles, eos)
     return _encoded(ids, mask, roles, straddled)
 
 

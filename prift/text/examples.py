@@ -92,11 +92,12 @@ class Examples(Sequence[Example]):
         """File and line (or row number), counted from 1: "gsm8k_train.jsonl:17"."""
         return self._store.where(self._order[index])
 
-    def files(self) -> tuple[list[str], np.ndarray]:
-        """(names as in `where`, each once; int64 [N]: which of them each example is from)."""
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(self._store.files))}
-        of_run = np.array([numbers[name] for name in self._store.files], np.int64)
-        return list(numbers), of_run[np.frombuffer(self._store.file, np.int32)][self._order]
+    def files(self) -> tuple[list[tuple[int, str]], np.ndarray]:
+        """(files, each once for each `data` that has it, as the number of that, counted from 0, and
+        the name as in `where`; int64 [N]: which of them each example is from)."""
+        numbers = {file: i for i, file in enumerate(dict.fromkeys(self._store.runs))}
+        of_run = np.array([numbers[file] for file in self._store.runs], np.int64)
+        return list(numbers), of_run[np.frombuffer(self._store.run, np.int32)][self._order]
 
     def max_id(self) -> int:
         """The largest token id, to ask whether a vocabulary has it; -1 where there is none."""
@@ -129,7 +130,7 @@ def load_examples(
             begin = len(store)
             for batch in loader.read(one, advance):
                 for encoded, row in batch:
-                    store.add(encoded, row)
+                    store.add(encoded, row, number)
             parts.append(begin + _weighted(len(store) - begin, weight, [options.seed, number]))
     loader.refuse_unfit()
     order = np.concatenate(parts)
@@ -196,7 +197,7 @@ def load_windows(
                 labels.append(int(encoded.label_mask.sum()))
                 if drawn is None or drawn[len(tokens) - 1]:
                     if owns is None or owns(encoded.input_ids):
-                        store.add(encoded, row)
+                        store.add(encoded, row, number)
                 if len(store) >= rows or len(store.ids) >= most:
                     yield Window(Examples(store, np.arange(len(store)), loader.report), False)
                     given = True

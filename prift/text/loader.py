@@ -51,29 +51,31 @@ class Store:
 
     marks   one byte a token: twice its role, and 1 more where it is a label
     labels  label tokens of each example
+    runs    of examples from one file: (number of its --data, counted from 0; its name)
+    run     which of them each example is in
     """
 
     def __init__(self) -> None:
         self.ids, self.marks, self.offsets = array("i"), bytearray(), array("q", [0])
         self.labels = array("q")
-        self.files: list[str] = []
-        self.file, self.line = array("i"), array("q")
+        self.runs: list[tuple[int, str]] = []
+        self.run, self.line = array("i"), array("q")
 
     def __len__(self) -> int:
         return len(self.line)
 
-    def add(self, encoded: Encoded, row: Row) -> None:
+    def add(self, encoded: Encoded, row: Row, dataset: int) -> None:
         self.ids.frombytes(encoded.input_ids.tobytes())
         self.marks += (encoded.roles << 1 | encoded.label_mask).tobytes()
         self.offsets.append(len(self.ids))
         self.labels.append(int(encoded.label_mask.sum()))
-        if not self.files or self.files[-1] != row.file:
-            self.files.append(row.file)
-        self.file.append(len(self.files) - 1)
+        if not self.runs or self.runs[-1] != (dataset, row.file):
+            self.runs.append((dataset, row.file))
+        self.run.append(len(self.runs) - 1)
         self.line.append(row.line)
 
     def where(self, at: int) -> str:
-        return f"{self.files[self.file[at]]}:{self.line[at]}"
+        return f"{self.runs[self.run[at]][1]}:{self.line[at]}"
 
 
 class Loader:
