@@ -139,11 +139,14 @@ def case(
 
 
 def memory(variant: str, vocabulary: int, dtype: str) -> float:
-    """Peak MiB of one step above the trained model: its gradients included, and a reference."""
+    """Peak MiB of one step above the trained model: its gradients included, and a reference. What
+    prift compiles at start is left out."""
     setup = (
+        "from prift.chunk import sums_for\n"
         "from benchmarks import steps\n"
         f"small = steps.case(4096, {dtype!r}, length=16)\n"
         f"steps.train_once(steps.step({variant!r}, *small), small[0])  # loads what is loaded\n"
+        f"{variant!r} in {tuple(METHODS)} and sums_for({vocabulary})\n"
         f"given = steps.case({vocabulary}, {dtype!r})\n"
     )
     return growth(setup, f"steps.train_once(steps.step({variant!r}, *given), given[0])")
