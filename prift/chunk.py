@@ -2,8 +2,8 @@
 
 The logits are made a tile of the vocabulary at a time and become exponentials while the tile is
 still in the processor's cache; what is kept is e = exp(z - reference), of which the gradient is a
-product away. The statistics that rules online ask for are taken in the same pass. For a GPU see
-wholechunk.py.
+product away. The same pass takes the statistics that rules online ask for, all but expected_rank.
+For a GPU see wholechunk.py.
 """
 
 import functools
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from prift.errors import first_line
 from prift.extended import TOP, TOP_GROUP, entropy_of_top
-from prift.fold import Block, Fold, compiled_sums
+from prift.fold import Block, Fold, compiled_sums, trial
 from prift.heads import Head
-from prift.stats import TokenStats, tile_sums
+from prift.stats import CORE, TokenStats, tile_sums
 
 _TILE_COLUMNS = 2048
 _LARGE = 1e25  # of a row's sum: beyond, a weight over it comes near float32's smallest numbers
@@ -30,10 +30,12 @@ def sums_for(vocabulary: int) -> tuple[Callable[..., Tensor], str | None]:
     if vocabulary < _WORTH_COMPILING:
         return tile_sums, None
     try:
-        found = compiled_sums()
-        z, column, e = torch.randn(4, 40), torch.zeros(4, 1), torch.empty(4, 40)
-        found(z, column, column, False, e)
-        torch.testing.assert_close(e, z.exp())
+        with torch.no_grad():  # as in an autograd function
+            found, tried = compiled_sums(), trial("cpu")
+            e_RC, expected_RC = torch.empty_like(tried[0]), torch.empty_like(tried[0])
+            sums = found(*tried, False, e_RC)
+            wanted = tile_sums(*tried, False, expected_RC)
+        torch.testing.assert_close((sums, e_RC), (wanted, expected_RC), rtol=1e-5, atol=0)
         return found, None
     except Exception as error:  # whatever a machine's compilers and their caches may raise
         return tile_sums, f"torch.compile failed ({type(error).__name__}: {first_line(error)})"
@@ -105,9 +107,10 @@ class Chunk:
         return torch.stack(tops).amax(0)
 
     def stats(self, names: Sequence[str]) -> TokenStats:
-        """Statistics [C] of the targets, `names` and others; only those that were announced. Where
-        a whole row is needed at once, its logits are made once more."""
+        """Statistics [C] of the targets: the core, and those that were announced, among which
+        `names` must be. Where whole rows are sorted, their logits are made once more."""
         fold = self._fold
+        assert set(names) <= {*CORE, *fold.names}
         if "expected_rank" in fold.names:
             return fold(self.hidden_CH, self.targets_C)
         stats, sure_C = self._block.stats()

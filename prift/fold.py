@@ -27,13 +27,15 @@ from prift.stats import CORE, TokenStats, is_deep, stats_of_sums, tile_sums, tok
 _ROWS = 512  # of a block on a CPU
 _TILE_COLUMNS = {True: 2048, False: 512}  # compiled or not: what passes over a tile stays cached
 _ROW_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # of a block of whole float32 rows
+_TRIED = (512, 2048)
 _FAR = 20.0  # of log S: entropy = log S - T / S loses digits where the reference is far below
 
 
 @functools.cache
 def compiled_sums(device: str = "cpu") -> Callable[..., Tensor]:
-    """`tile_sums` in one pass, by torch.compile, tried on this kind of device. Raises what a
-    machine without compiler raises."""
+    """`tile_sums` in one pass, by torch.compile, tried on this kind of device. Gradients and
+    inference mode should be on or off as they will be where it is used, else it is compiled anew
+    there. Raises what a machine without compiler raises."""
     compiled = torch.compile(tile_sums, dynamic=True)
 
     def sums(z_RC: Tensor, *others: Any) -> Tensor:
@@ -41,10 +43,17 @@ def compiled_sums(device: str = "cpu") -> Callable[..., Tensor]:
         function = compiled if min(z_RC.shape) > 1 else tile_sums
         return function(z_RC, *others)
 
-    z, column = torch.randn(4, 40, device=device), torch.zeros(4, 1, device=device)
-    expected = tile_sums(z, column, column, False)
-    torch.testing.assert_close(sums(z, column, column, False), expected, rtol=1e-5, atol=0)
+    tried, squares = trial(device), False
+    torch.testing.assert_close(sums(*tried, squares), tile_sums(*tried, squares), rtol=1e-5, atol=0)
     return sums
+
+
+def trial(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets' logits and reference, of as many rows as make a pass compile for several
+    threads; no random numbers are drawn."""
+    rows, columns = _TRIED
+    z_RC = torch.linspace(-3, 3, rows * columns, device=device).view(_TRIED)
+    return z_RC, torch.zeros(rows, 1, device=device), torch.ones(rows, 1, device=device)
 
 
 @dataclass(frozen=True)
@@ -131,8 +140,8 @@ class Fold:
         """
         head, V = self.head, len(self.head.weight)
         if width is None:
-            compiled = self.sums is not tile_sums
-            width = V if hidden_RH.is_cuda else min(V, _TILE_COLUMNS[compiled])
+            width = V if hidden_RH.is_cuda else _TILE_COLUMNS[self.sums is not tile_sums]
+        width = min(V, width)
         buffer = self._buffer(len(targets_R), width, hidden_RH.device)
         own_R, compared_R, total = torch.empty(0), torch.empty(0), torch.zeros(())
         for begin in range(0, V, width):

@@ -12,7 +12,7 @@ from prift.text.examples import Examples
 
 
 class Groups:
-    """The groups of these examples, found once for all rules.
+    """The groups of these examples, found once for all rules; each example has label tokens.
 
     data   what the examples were loaded from: one name per --data
     roles  uint8 [num_labels]: codes of prift.roles, of each label token

@@ -2,6 +2,8 @@
 logits too."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from prift import chunk as chunk_module
 from prift.chunk import Chunk, sums_for
 from prift.heads import Head
+from prift.native import compiler
 from prift.stats import STATISTICS, tile_sums
 from prift.wholechunk import Passes, WholeChunk, passes
 from tests.references import token_stats as naive_stats
@@ -127,57 +130,107 @@ def test_statistics_of_the_rows(made, vocabulary, names):
     assert_naive(found, head, hidden, targets)
 
 
-def asked(made, head, hidden, targets, names, **options):
+def asked(made, head, hidden, targets, names):
     if made is Chunk:
-        return Chunk(head, hidden, targets, names=names, **options).stats(names)
+        return Chunk(head, hidden, targets, names=names).stats(names)
     return made(head, hidden, targets).stats(names)
 
 
-def test_ties_and_far_logits_in_the_statistics(made):
-    """Integer logits tie, in other tiles too; the largest lies far above the first tile's, and a
-    target far below it, so that rows are done again."""
+FAR = {
+    "42 above the first tile's": (4000, 42.0),  # in float32's range, and not sure
+    "3000 above": (4999, 3000.0),  # done again around the largest
+    "far below": (17, -150.0),
+}
+
+
+@pytest.mark.parametrize("names", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("column, logit", FAR.values(), ids=FAR)
+@pytest.mark.parametrize("target", [3, 4998, "there"])
+def test_ties_and_far_logits_in_the_statistics(made, target, column, logit, names):
+    """Integer logits tie, in other tiles too; one is far away, and each row may be done again."""
     torch.manual_seed(1)
-    z = torch.randint(-3, 4, (5, V)).float()
-    z[1, 4000], z[2, 4999], z[3, 17], z[4, ::3] = 95.0, 3000.0, -150.0, -torch.inf
-    targets = torch.tensor([4998, 3, 4999, 17, 1])
-    hidden, bias = torch.eye(5), torch.zeros(V)
-    head = Head(z[:4].T.contiguous())
-    for names in ASKED.values():
-        found = asked(made, head, hidden[:4, :4].contiguous(), targets[:4], names)
-        assert_naive(found, head, hidden[:4, :4].contiguous(), targets[:4])
-    bias[::3] = -torch.inf  # no product makes it: 0 times infinity
-    head = Head(z[:4].T.contiguous(), bias)
-    found = asked(made, head, hidden[:1, :4].contiguous(), targets[4:], ASKED["top"])
-    assert_naive(found, head, hidden[:1, :4].contiguous(), targets[4:])
+    z = torch.randint(-3, 4, (3, V)).float()
+    z[1, column] = logit
+    targets = torch.tensor([5, column if target == "there" else target, 4998])
+    hidden, head = torch.eye(3), Head(z.T.contiguous())
+    found = asked(made, head, hidden, targets, names)
+    assert_naive(found, head, hidden, targets)
 
 
+@pytest.mark.parametrize("names", ASKED.values(), ids=ASKED)
+def test_logits_of_minus_infinity_in_the_statistics(made, names):
+    torch.manual_seed(2)
+    bias = torch.zeros(V)
+    bias[::3] = -torch.inf
+    hidden, head = torch.randn(4, H), Head(torch.randn(V, H), bias)
+    targets = torch.tensor([1, 2, 4, 4999])
+    assert_naive(asked(made, head, hidden, targets, names), head, hidden, targets)
+
+
+@pytest.mark.parametrize("names", ASKED.values(), ids=ASKED)
 @pytest.mark.parametrize("keep", [True, False])
-def test_statistics_do_not_touch_the_gradient(keep):
-    """They are taken while it is made ready; without it too, where nothing else is kept."""
+def test_statistics_do_not_touch_the_gradient(keep, names):
+    """They are taken while it is made ready, and without it where only they are wanted."""
     torch.manual_seed(2)
     hidden, head = torch.randn(9, H), Head(torch.randn(V, H))
     targets, weights = torch.randint(0, V, (9,)), torch.randn(9)
-    plain, names = Chunk(head, hidden, targets), STATISTICS["extended"]
+    plain = Chunk(head, hidden, targets)
     chunk = Chunk(head, hidden, targets, keep, names)
-    assert_naive(chunk.stats(ASKED["top"]), head, hidden, targets)
+    assert_naive(chunk.stats(names), head, hidden, targets)
     assert torch.equal(chunk.nll_C, plain.nll_C)
     if keep:
         assert torch.equal(gradient(chunk, weights), gradient(plain, weights))
 
 
-def test_a_large_vocabulary_is_compiled_and_statistics_are_the_same():
-    """Where there is a compiler; in the same budget as without."""
+def test_only_what_was_announced_may_be_asked_for():
+    chunk = Chunk(Head(torch.randn(V, H)), torch.randn(2, H), torch.tensor([0, 1]))
+    assert chunk.stats(["rank"]).rank.shape == (2,)
+    with pytest.raises(AssertionError):
+        chunk.stats(["collision"])
+
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("names", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_a_large_vocabulary_is_compiled_and_nothing_else_changes(rows, names):
     torch.manual_seed(3)
-    V = 20_000
-    hidden, head = torch.randn(40, H), Head(torch.randn(V, H) * 0.5)
-    targets, weights = torch.randint(0, V, (40,)), torch.randn(40)
+    V = 8 * 2048 + 1  # the last tile is one column
+    hidden, head = torch.randn(rows, H), Head(torch.randn(V, H) * 0.5)
+    targets, weights = torch.randint(0, V, (rows,)), torch.randn(rows)
+    targets[0] = V - 1
     nll, wanted = naive(head, hidden, targets, weights)
     compiled, refusal = sums_for(V)
     assert refusal is None and compiled is not tile_sums
-    chunk = Chunk(head, hidden, targets, names=ASKED["top"])
+    chunk = Chunk(head, hidden, targets, names=names)
     torch.testing.assert_close(chunk.nll_C.double(), nll, rtol=1e-5, atol=1e-5)
-    assert_naive(chunk.stats(ASKED["top"]), head, hidden, targets)
+    assert_naive(chunk.stats(names), head, hidden, targets)
     assert (gradient(chunk, weights).double() - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@needs_compiler
+def test_what_is_tried_at_start_is_what_a_step_runs():
+    """In a process of its own: after the trial no step compiles the sums again."""
+    code = """
+import torch
+from torch._dynamo.utils import counters
+from prift.chunk import sums_for
+from prift.heads import Head
+from prift.loss import weighted_loss
+from prift.methods import weigher
+V, rows = 16_384, 300
+assert sums_for(V)[1] is None
+before = counters["stats"]["unique_graphs"]
+hidden = torch.randn(rows, 64, requires_grad=True)
+head = Head(torch.randn(V, 64, requires_grad=True))
+targets = torch.randint(V, (rows,))
+weighted_loss(hidden, head, targets, weigher("entropy", "online", {}), None).loss.backward()
+print(counters["stats"]["unique_graphs"] - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]
 
 
 def test_without_a_compiler_the_sums_are_torchs_own(monkeypatch):

@@ -42,7 +42,8 @@ def choose_sums(
         say("statistics: not compiled, as asked")
         return tile_sums
     try:
-        compiled = compiled_sums(device.type)
+        with torch.inference_mode():  # as the scorers run
+            compiled = compiled_sums(device.type)
     except Exception as error:  # whatever a machine's compilers and their caches may raise
         reason = f"torch.compile failed ({type(error).__name__}: {first_line(error)})"
         if wanted:
