@@ -4,7 +4,7 @@
    log-probability and rank, and prift's statistics; then prift through transformers, in this
    process. Ratios are to vLLM's own. Its logits have the same dtype, by a head in float32.
 2. Memory. What the processes of an engine take on top of what they held once started, at the
-   peak, by --max-num-batched-tokens.
+   peak, by --max-num-batched-tokens, on prompts of 2,000 tokens.
 3. Numbers (benchmarks/vllm_numbers.py). How far apart the backends are in bfloat16, and what
    quantised priors cost in exactness.
 
@@ -37,7 +37,8 @@ from tests.vllm.scorers import all_positions, scorer
 OWN = "vLLM, prompt_logprobs=1"
 VOCABULARIES = (151_936, 32_000)
 DTYPES = ("float32", "bfloat16")
-BATCHED_TOKENS = (256, 1024, 2048, 4096)
+BATCHED_TOKENS = (256, 512, 1024, 2048)
+LONG = 2000  # tokens of a prompt where memory is measured
 
 
 class Prompts:
@@ -51,6 +52,13 @@ class Prompts:
         self.everywhere = all_positions(self.sequences)
         self.labels = [positions_of(s) for s in request(examples).spans]
         self.tokens, self.num_labels = examples.num_tokens, examples.num_labels
+
+    def join(self, length: int) -> None:
+        """The same tokens in prompts so long: a prompt's logits are made at once, so far as it is
+        batched."""
+        ids = np.concatenate(self.sequences)
+        self.sequences = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        self.everywhere = all_positions(self.sequences)
 
     def scored_by(self, one: Any, positions: list[np.ndarray]) -> None:
         for _ in one.score(self.sequences, positions):
@@ -103,6 +111,7 @@ def memory(vocabulary: int, rows: int, dtype: str = "bfloat16") -> list[dict]:
     found = []
     with tempfile.TemporaryDirectory() as place:
         folder, prompts = made(Path(place), vocabulary, dtype, rows)
+        prompts.join(LONG)
         for batched in BATCHED_TOKENS:
             for name in ("prift, vllm", OWN):
                 how = {"dtype": dtype, "max_num_batched_tokens": batched}
@@ -158,7 +167,7 @@ def main() -> None:
              for r in found["throughput"]],
         )  # fmt: skip
     if options.memory_rows:
-        print("\nMiB above a started engine, bfloat16\n")
+        print(f"\nMiB above a started engine, bfloat16, prompts of {LONG:,} tokens\n")
         found["memory"] = memory(options.vocabulary[0], options.memory_rows)
         table(
             ["--max-num-batched-tokens", "vocabulary", "variant", "MiB"],

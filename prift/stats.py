@@ -163,6 +163,7 @@ def is_deep(target_R: Tensor, reference_R: Tensor) -> Tensor:
     return ~(target_R - reference_R > DEEP)
 
 
+@torch.no_grad()
 def token_stats(
     logits_NV: Tensor,
     targets_N: Tensor,
@@ -178,7 +179,8 @@ def token_stats(
     block_rows rows handled at once; default: as many as keep a block inside the CPU's cache.
     sums       `tile_sums`, or what a compiler made of it
 
-    Rows that are no distribution have a NaN logprob: see `TokenStats.check`.
+    Rows that are no distribution have a NaN logprob: see `TokenStats.check`. None of the statistics
+    carries a gradient.
     """
     N, V = logits_NV.shape
     if block_rows is None:

@@ -235,3 +235,13 @@ def test_the_computations_that_benchmarks_compare_with_are_right():
 
 def test_extended_names_are_none_of_the_core():
     assert not set(CORE) & set(EXTENDED)
+
+
+def test_logits_in_training_have_statistics_without_gradient():
+    logits = torch.randn(3, 50, requires_grad=True)
+    targets = torch.tensor([0, 1, 2])
+    found = token_stats(logits, targets, CORE + EXTENDED)
+    wanted = token_stats(logits.detach(), targets, CORE + EXTENDED)
+    for name in CORE + EXTENDED:
+        value = getattr(found, name)
+        assert not value.requires_grad and torch.equal(value, getattr(wanted, name))
