@@ -31,6 +31,7 @@ from prift.progress import progress
 from prift.provenance import provenance
 from prift.scoring import Storing, score_plan
 from prift.shards import Shard
+from prift.signals import interrupt_in
 from prift.store.claims import Claims
 from prift.store.newfile import remove_stale
 from prift.store.remote import open_root
@@ -205,7 +206,9 @@ def _work(
                     turns.leave(plan, left)
                     rows.put(plan.name)
                     plan = next(plans, None)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if interrupt_in(error) is None:
+            raise
         if writer is not None:
             writer.flush()  # where it struck between the end of the one block and the other's
         kept = writer.visible if writer is not None else 0

@@ -47,9 +47,24 @@ class Stopped(KeyboardInterrupt):
         self.signal = signal
 
 
+def interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interrupt that an error is, or has become: where one strikes between two steps of a lock
+    of Python's own, leaving that raises a RuntimeError."""
+    while isinstance(error, RuntimeError):
+        error = error.__context__
+    return error if isinstance(error, KeyboardInterrupt) else None
+
+
 class Stopping(Signals):
     """Inside `with`, the first signal raises Stopped in the main thread, as Ctrl-C raises
-    KeyboardInterrupt; a second one ends the process at once, with 128 + its number."""
+    KeyboardInterrupt, and Stopped is what leaves; a second one ends the process at once, with 128 +
+    its number."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        stop = interrupt_in(error)
+        if stop is not None and stop is not error:
+            raise stop
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:

@@ -6,17 +6,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from prift.errors import CacheError
+from prift.signals import Stopped, Stopping
 from prift.store.parts import check_hash
 from tests.lab import Lab
 
 ITSELF = """
-import os, sys
+import os, sys, threading, time
 import prift_cli
 from prift.scoring import Storing
 from prift.store.writer import PartWriter
@@ -37,12 +39,19 @@ if moment == "row":
     Storing.handle = signalled(Storing.handle, after=True)
 elif moment == "loading":
     hf.load_model = signalled(hf.load_model, after=False)
+elif moment == "lock":  # as in Condition.wait, between a lock's release and its acquisition
+    def load_model(*given, **named):
+        lock = threading.Lock()
+        with lock:
+            lock.release()
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+    hf.load_model = load_model
 else:  # once with the row, and again as its part is being finished
     Storing.handle = signalled(Storing.handle, after=True)
     finish = PartWriter.finish
     def again(*given):
         os.kill(os.getpid(), number)
-        import time
         time.sleep(60)  # were the process to go on, this would be seen
         return finish(*given)
     PartWriter.finish = again
@@ -96,9 +105,11 @@ def test_a_signal_keeps_the_rows(tmp_path, number, code):
     assert lab.precompute().scored == 0
 
 
-def test_a_signal_while_the_model_is_loaded_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("moment", ["loading", "lock"])
+def test_a_signal_while_the_model_is_loaded_leaves_nothing(tmp_path, moment):
+    """Where it strikes inside a lock of Python's own too, which makes a RuntimeError of it."""
     lab = Lab(tmp_path)
-    done = ended(lab, signal.SIGTERM, "loading")
+    done = ended(lab, signal.SIGTERM, moment)
     assert done.returncode == 143, done.stderr
     assert "stopped: 0 sequences scored by this run are kept" in done.stderr
     assert not list(Path(lab.cache).rglob("*"))
@@ -123,3 +134,19 @@ def test_a_cache_that_takes_no_claim_is_named_and_a_complete_one_needs_none(tmp_
     with pytest.raises(CacheError, match="cannot write to the cache .*: File exists. Finished"):
         lab.precompute()
     assert rows_of(lab) == 20
+
+
+def test_what_leaves_is_the_signal_and_other_errors_stay():
+    lock = threading.Lock()
+    with pytest.raises(Stopped) as found, Stopping():
+        with lock:
+            lock.release()
+            signal.raise_signal(signal.SIGTERM)
+    assert found.value.signal == signal.SIGTERM
+    with pytest.raises(RuntimeError, match="its own"), Stopping():
+        raise RuntimeError("its own")
+    with pytest.raises(CacheError), Stopping():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Stopped:
+            raise CacheError("no room") from None
