@@ -6,7 +6,7 @@ import click
 
 from .command import Command, common, quiet, say
 from .options import attention, data_options, data_spec, dtype_choice, json_option
-from .vllm import engine_arguments, vllm_options
+from .vllm import engine_arguments, leave, vllm_options
 
 
 @click.command(cls=Command)
@@ -150,6 +150,7 @@ def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
         ctx.exit(128 + stop.signal)
     if json_output:
         click.echo(json.dumps(asdict(result)))
+        leave()
         return
     rate = result.scored_tokens / max(result.seconds, 1e-9)
     share = "" if shard is None else f"share {shard}: "
@@ -157,3 +158,4 @@ def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
         f"{share}{result.scored:,} sequences scored ({result.scored_tokens:,} tokens, "
         f"{result.seconds:.1f} s, {rate:,.0f} tok/s)\ncache: {result.folder}"
     )
+    leave()

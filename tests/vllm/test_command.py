@@ -21,7 +21,7 @@ def lab(tmp_path_factory):
     lab.results = []
     for share in ("0/2", "1/2"):
         done = lab.run("--shard", share, "--json")
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         lab.results.append(json.loads(done.stdout))
         lab.said = done.stderr
     return lab
