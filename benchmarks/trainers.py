@@ -147,10 +147,10 @@ def measured(variant: str, vocabulary: int, dtype: str, steps: int) -> dict[str,
     """So many steps in a process of its own; mib: the peak above the model, with the optimiser.
     What prift compiles at start is left out."""
     setup = (
-        "from prift.chunk import sums_for\n"
+        "from benchmarks.steps import compile_for\n"
         "from benchmarks.trainers import Whole\n"
         f"Whole({variant!r}, 512, {dtype!r}, 1, hidden_size=64).train()  # loads what is loaded\n"
-        f"{variant!r} in {tuple(METHODS)} and sums_for({vocabulary})\n"
+        f"compile_for({variant!r}, {vocabulary})\n"
         f"whole = Whole({variant!r}, {vocabulary}, {dtype!r}, {steps})\n"
     )
     answer = "[whole.tokens, whole.run, whole.seconds, whole.wall]"

@@ -150,12 +150,11 @@ def precompute(ctx: click.Context, json_output: bool, **options: Any) -> None:
         ctx.exit(128 + stop.signal)
     if json_output:
         click.echo(json.dumps(asdict(result)))
-        leave()
-        return
-    rate = result.scored_tokens / max(result.seconds, 1e-9)
-    share = "" if shard is None else f"share {shard}: "
-    click.echo(
-        f"{share}{result.scored:,} sequences scored ({result.scored_tokens:,} tokens, "
-        f"{result.seconds:.1f} s, {rate:,.0f} tok/s)\ncache: {result.folder}"
-    )
+    else:
+        rate = result.scored_tokens / max(result.seconds, 1e-9)
+        share = "" if shard is None else f"share {shard}: "
+        click.echo(
+            f"{share}{result.scored:,} sequences scored ({result.scored_tokens:,} tokens, "
+            f"{result.seconds:.1f} s, {rate:,.0f} tok/s)\ncache: {result.folder}"
+        )
     leave()

@@ -1,4 +1,4 @@
-"""Options of `prift precompute --backend vllm`."""
+"""`prift precompute --backend vllm`: its options, and how its process ends."""
 
 import atexit
 import json

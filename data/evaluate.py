@@ -9,12 +9,12 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prift.threads import one_thread
 
 FINAL = re.compile(r"^Answer: (-?\d+)$", re.MULTILINE)
 MAX_NEW_TOKENS, BATCH = 160, 64
@@ -72,28 +72,13 @@ def complete(
     return texts
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread, and give back what it had.
-
-    The products of a model this small are too short to share: two threads save a second on an idle
-    machine, and on a busy one wait for each other a minute.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def judge(
     model_dir: str | Path, test_jsonl: str | Path, limit: int | None = None
 ) -> list[tuple[dict[str, str], str, bool]]:
     """For every row: the row, what the model wrote, and whether its final answer is right."""
     rows = read_rows(test_jsonl, limit)
     # The newline is what prift's question/answer format puts between the two.
-    with one_thread():
+    with one_thread():  # the products of a model this small are too short to share
         texts = complete(model_dir, [row["question"] + "\n" for row in rows])
     return [
         (row, text, final_answer(text) == final_answer(row["answer"]))

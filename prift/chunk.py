@@ -95,9 +95,8 @@ class Chunk:
 
     def _take(self, tile: slice, z_CT: Tensor, target_C1: Tensor, reference_C1: Tensor) -> Tensor:
         e_CT = None if self._kept is None else self._tile(tile)
-        names = self._fold.names
-        sums = self._fold.sums(z_CT, target_C1, reference_C1, "collision" in names, e_CT)
-        if "entropy_top20" in names and z_CT.shape[1] == _TILE_COLUMNS:
+        sums = self._fold.take(tile, z_CT, target_C1, reference_C1, e_CT)
+        if "entropy_top20" in self._fold.names and z_CT.shape[1] == _TILE_COLUMNS:
             self._maxima.append(e_CT.unflatten(1, (TOP_GROUP, -1)).amax(1))
         return sums
 
@@ -119,7 +118,7 @@ class Chunk:
         return fold.mend(stats, sure_C, self.hidden_CH, self.targets_C)
 
     def _top(self) -> Tensor:
-        """[C, 20]: the largest exponentials of each row, or all; `stats.largest` over tiles."""
+        """[C, 20]: the largest exponentials of each row, or all; `extended.largest` over tiles."""
         C, whole, found = len(self.targets_C), len(self._maxima), []
         if whole:
             maxima_CG = torch.cat(self._maxima, 1)

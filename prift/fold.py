@@ -136,7 +136,7 @@ class Fold:
         reference_R  float32 [R]: what exponentials are taken around; by default the target's logit
                      or the largest of the first tile
         take         (tile of the vocabulary, its logits, targets', reference) -> its sums, in
-                     place of `sums`, for who wants more of it while it is cached
+                     place of `take`, for who wants more of it while it is cached
         """
         head, V = self.head, len(self.head.weight)
         if width is None:
@@ -158,12 +158,20 @@ class Fold:
                     reference_R = torch.maximum(compared_R, first_R)
             inside_R = (targets_R >= begin) & (targets_R < tile.stop)
             own_R = torch.where(inside_R, here_R, own_R)
-            sums = (take or self._take)(tile, z_RC, compared_R[:, None], reference_R[:, None])
+            sums = (take or self.take)(tile, z_RC, compared_R[:, None], reference_R[:, None])
             total = sums if begin == 0 else total + sums
         return Block(total, own_R, compared_R, reference_R, V)
 
-    def _take(self, tile: slice, z_RC: Tensor, target_R1: Tensor, reference_R1: Tensor) -> Tensor:
-        return self.sums(z_RC, target_R1, reference_R1, "collision" in self.names)
+    def take(
+        self,
+        tile: slice,
+        z_RC: Tensor,
+        target_R1: Tensor,
+        reference_R1: Tensor,
+        out_RC: Tensor | None = None,
+    ) -> Tensor:
+        """`sums` of the logits of a tile, those that `names` need; its exponentials in `out_RC`."""
+        return self.sums(z_RC, target_R1, reference_R1, "collision" in self.names, out_RC)
 
     def _target_logits(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
         """float32 [R], as the tiles will have them."""

@@ -1,12 +1,10 @@
 """What rules would do to a data set, told from the cache before anything is trained."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from prift.errors import OptionError
 from prift.groups import Groups
@@ -58,30 +56,15 @@ def preview(options: PreviewOptions, say: Callable[[str], None] = print) -> dict
     scored = read_scored(options, names, say)
     examples, prior = scored.examples, scored.prior
     groups = Groups(examples, options.spec.data)
-    with _one_thread():
-        rules = [_described(one, scored, groups, options.tokens) for one in options.weighers]
-        thresholds = [_swept(one, scored, groups.roles) for one in compared]
     return {
         "prior": scored.identity.id,
         "examples": len(examples),
         "tokens": examples.num_tokens,
         "label_tokens": examples.num_labels,
         "sft_loss": _loss(np.ones(examples.num_labels, np.float32), prior["logprob"]),
-        "rules": rules,
-        "thresholds": thresholds,
+        "rules": [_described(one, scored, groups, options.tokens) for one in options.weighers],
+        "thresholds": [_swept(one, scored, groups.roles) for one in compared],
     }
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread. A rule's step over a chunk takes less than a millisecond; where other
-    programs hold the cores, a second thread is waited for much longer than that."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _with_mass(weighers: tuple[Weigher, ...]) -> tuple[Weigher, ...]:

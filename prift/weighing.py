@@ -12,11 +12,13 @@ import torch
 from prift.errors import PriftError
 from prift.stats import TokenStats
 from prift.text.examples import Examples
+from prift.threads import one_thread
 from prift.weigher import Weigher
 
 _CHUNK = 8192  # sequences weighed at once
 
 
+@one_thread()
 def weigh(
     weigher: Weigher,
     counts: np.ndarray,

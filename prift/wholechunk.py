@@ -65,14 +65,9 @@ class Passes:
 
 
 @functools.cache
+@torch.no_grad()  # as in an autograd function
 def passes(kind: str) -> Passes:
-    """Compiled for this kind of device, where that works: tried on a few rows, without gradients as
-    in an autograd function."""
-    with torch.no_grad():
-        return _compiled(kind)
-
-
-def _compiled(kind: str) -> Passes:
+    """Compiled for this kind of device, where that works: tried on a few rows."""
     try:
         found = Passes(
             torch.compile(sums, dynamic=True),

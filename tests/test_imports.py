@@ -42,6 +42,7 @@ LAYERS = {
         "store.invariants",
         "mapped",
         "memory",
+        "threads",
         "signals",
         "order",
         "roles",
