@@ -25,6 +25,8 @@ from benchmarks import steps
 from benchmarks.gpu import SHAPES
 from benchmarks.measure import machine, table, write
 from prift.forward import Weighted, install, uninstall
+from prift.fused import choose
+from prift.heads import Head
 from prift.methods import weigher
 from prift.stats import EXTENDED
 from prift.weigher import RULES, Weigher
@@ -118,7 +120,11 @@ def main() -> None:
     tf.logging.set_verbosity_error()
     if options.device == "cpu":
         torch.set_num_threads(1)
-    print(f"{machine()}\n")
+    print(machine())
+    begin = time.perf_counter()
+    head = Head(torch.randn(SHAPES["small"]["vocab_size"], 8, device=options.device))
+    choose(head, torch.device(options.device), torch.float32, print)
+    print(f"made ready at start in {time.perf_counter() - begin:.1f} s\n")
     found = []
     for shape in options.shapes:
         found += measure(shape, options.device, options.rounds)
